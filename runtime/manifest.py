@@ -1,0 +1,252 @@
+"""The artifact's manifest: its schema, and the only code that reads or writes `manifest.json`.
+
+It lives in the runtime because a machine that only runs artifacts must read it; the compiler fills it. Every field is plain
+JSON. An unknown format version, a missing field or a value of the wrong type is a UserError that names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from oxfuse.runtime.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TaskName = typing.Literal[
+    "text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One tensor input or output of a program. `shape` holds numbers and the names of dynamic dims."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DimRange:
+    """Smallest and largest size of a dynamic dim, both included."""
+
+    min: int
+    max: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramSpec:
+    """One compiled program. `constants` maps the program's own constant names to tensors of the weight file."""
+
+    name: str
+    target: str
+    kind: str
+    path: str
+    library: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, DimRange]
+    constants: dict[str, str]
+    files: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpsLibrary:
+    """The C++ ops that programs call. `probe` is one qualified op name: where it is registered, the library is loaded already."""
+
+    path: str
+    probe: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheGroup:
+    """Layers that share block tables. `window` 0 sees every earlier token."""
+
+    window: int
+    layers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """The paged cache: per layer K and V of [blocks, block_size, kv_heads, head_dim]; `kv_heads` and `head_dim` are per layer."""
+
+    block_size: int
+    dtype: str
+    kv_heads: tuple[int, ...]
+    head_dim: tuple[int, ...]
+    groups: tuple[CacheGroup, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`max_context`: tokens of one sequence; `max_batch`: sequences of one step; `max_step_tokens`: tokens of one step."""
+
+    max_context: int
+    max_batch: int
+    max_step_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """`config` is the checkpoint's configuration as oxfuse understood it."""
+
+    model_type: str
+    task: str
+    dtype: str
+    vocab_size: int
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationSpec:
+    """What the checkpoint's own files say about the end of a text."""
+
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What the host must have. `torch` is `major.minor`; `cpu_features` are flags as /proc/cpuinfo spells them."""
+
+    torch: str
+    platform: str
+    machine: str
+    cpu_isa: str
+    cpu_features: tuple[str, ...]
+    glibc: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightTensor:
+    """One tensor of the weight file. `layout` tells what was done to the checkpoint's tensor `source`, step by step."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: str
+    layout: tuple[str, ...]
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """A safetensors file; `header_sha256` covers its length prefix and header, which `load` checks; tensors' hashes `verify` does."""
+
+    path: str
+    bytes: int
+    header_sha256: str
+    tensors: dict[str, WeightTensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassRecord:
+    """What one pass did: `count` rewrites, of `checked` structurally distinct kinds that were checked numerically."""
+
+    name: str
+    count: int
+    checked: int
+    max_error: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything the runtime knows about an artifact."""
+
+    format_version: int
+    name: str
+    created_by: dict[str, str]
+    source: dict[str, str]
+    model: ModelSpec
+    generation: GenerationSpec
+    programs: tuple[ProgramSpec, ...]
+    ops_library: OpsLibrary | None
+    cache: CacheSpec
+    limits: Limits
+    requirements: Requirements
+    weights: tuple[WeightFile, ...]
+    passes: tuple[PassRecord, ...]
+    numerics: dict[str, str]
+    tokenizer_files: dict[str, str]
+    golden: str | None
+
+    def to_json(self) -> str:
+        """Return the manifest as indented JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+T = TypeVar("T")
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is types.UnionType or origin is typing.Union:
+        for option in args:
+            if option is type(None) and value is None:
+                return None
+            if isinstance(option, type) and option is not type(None) and not dataclasses.is_dataclass(option):
+                if type(value) is option:
+                    return value
+            elif option is not type(None) and value is not None:
+                return _convert(option, value, where)
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {str(k): _convert(args[1], item, f"{where}.{k}") for k, item in value.items()}
+    elif dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            hints = typing.get_type_hints(kind)
+            missing, unknown = hints.keys() - value.keys(), value.keys() - hints.keys()
+            if missing or unknown:
+                words = [f"lacks {sorted(missing)}"] * bool(missing) + [f"has unknown {sorted(unknown)}"] * bool(unknown)
+                raise UserError(f"{where} {' and '.join(words)}: the manifest is damaged. Compile the checkpoint again.")
+            return typing.cast(Any, kind)(**{name: _convert(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    elif kind is float:
+        if type(value) in (int, float):
+            return float(value)
+    elif isinstance(kind, type) and type(value) is kind:
+        return value
+    raise UserError(f"{where} is {value!r:.80}, which is not {kind}: the manifest is damaged. Compile the checkpoint again.")
+
+
+def parse_manifest(text: str, where: str = MANIFEST) -> Manifest:
+    """Return the manifest in `text`.
+
+    Raises UserError if it is not JSON, of another format version, or damaged; the message begins with `where`.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}): the manifest is damaged. Compile the checkpoint again.") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format version {version!r}; this oxfuse reads version {FORMAT_VERSION}. "
+            "Compile the checkpoint again, or install the oxfuse that made the artifact."
+        )
+    manifest = _convert(Manifest, data, where)
+    assert isinstance(manifest, Manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the artifact in `folder`. Raises UserError where there is none or it does not fit."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {what}, so it is not an oxfuse artifact. Make one with `oxfuse compile SRC -o DIR`.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    return parse_manifest(text, str(path))
