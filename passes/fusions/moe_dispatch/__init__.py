@@ -1,0 +1,1 @@
+"""Mixture of experts: router, experts and combination in one op."""

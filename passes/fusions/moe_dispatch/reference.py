@@ -1,0 +1,105 @@
+"""Mixture of experts with a clamped SwiGLU: router, experts and combination, as one op, and its registration.
+
+`route`, `experts` and `combine` are separate so that expert parallelism, and checks on machines with little memory, can hold a
+slice of the experts: `combine` with the slice's first expert gives a part, and the parts add up. Experts are dense, or MXFP4 as
+in the checkpoint (OCP Microscaling Formats 1.0: e2m1 values, low nibble first, one e8m0 scale for 32 values along the input).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def moe_dispatch(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_bias: Tensor,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Return the weighted sum of the top_k experts' outputs for every token, [..., H], contiguous.
+
+    x [..., H]; router_weight [E, H], router_bias [E]; gate_up_bias [E, 2I], down_bias [E, H]. Without scales gate_up is
+    [E, 2I, H] and down [E, H, I] in x's dtype; with scales they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with
+    gate_up_scales uint8 [E, 2I, H / 32], down likewise over I. Rows are output features; even rows of gate_up are the gate,
+    odd ones the up projection. Everything is computed in promote(x.dtype, float32), the hidden values between the two
+    products included, and rounded once at the end. Raises NotImplementedError off the CPU.
+    """
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"oxfuse::moe_dispatch has no kernel for device {x.device}; it runs on cpu.")
+    tokens = x.flatten(0, -2)
+    indices, weights = route(tokens, router_weight, router_bias, top_k)
+    outputs = experts(tokens, gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias, alpha, limit)
+    return combine(outputs, indices, weights).to(x.dtype).reshape(x.shape).contiguous()
+
+
+def route(x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the chosen experts [T, top_k] (int64) of x [T, H] and their weights, a softmax over the chosen logits alone.
+
+    Logits and weights are in promote(x.dtype, float32).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = torch.nn.functional.linear(x.to(wide), router_weight.to(wide), router_bias.to(wide))
+    top, indices = logits.topk(top_k, dim=-1)
+    return indices, top.softmax(-1)
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_bias: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Return what every expert held by the tensors makes of every row of x [T, H], as [E, T, H] in promote(x.dtype, float32).
+
+    Weights as for `moe_dispatch`, or slices of them along their first dim. gate = min(gate, limit), up clamped to +-limit,
+    hidden = (up + 1) * gate * sigmoid(alpha * gate).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first = _dense(gate_up, gate_up_scales, wide).transpose(1, 2)  # [E, H, 2I]
+    gate, up = (torch.matmul(x.to(wide), first) + gate_up_bias.to(wide)[:, None]).unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    hidden = (up + 1) * gate * torch.sigmoid(alpha * gate)
+    return torch.matmul(hidden, _dense(down, down_scales, wide).transpose(1, 2)) + down_bias.to(wide)[:, None]
+
+
+def combine(outputs: Tensor, indices: Tensor, weights: Tensor, first: int = 0) -> Tensor:
+    """Return for every token the weighted sum of those chosen experts that `outputs` holds, [T, H].
+
+    outputs [E', T, H] of the experts first..first + E'; indices and weights [T, top_k] as `route` returns them. An expert that
+    a token did not choose has no influence on it, NaN included.
+    """
+    local = indices - first
+    held = (local >= 0) & (local < outputs.shape[0])
+    token = torch.arange(outputs.shape[1], device=outputs.device)[:, None]
+    chosen = outputs[local.clamp(0, outputs.shape[0] - 1), token] * weights[..., None]  # [T, top_k, H]
+    return torch.where(held[..., None], chosen, 0).sum(1)
+
+
+def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of MXFP4 `blocks` [..., K / 32, 16] with `scales` [..., K / 32] (both uint8) as [..., K] in `dtype`."""
+    table = torch.tensor(E2M1, dtype=dtype, device=blocks.device)
+    values = table[torch.stack([blocks & 15, blocks >> 4], -1).to(torch.int64)].flatten(-2)  # [..., K / 32, 32]
+    return torch.ldexp(values, scales.to(torch.int32)[..., None] - 127).flatten(-2)
+
+
+def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype)
+
+
+torch.library.triton_op("oxfuse::moe_dispatch", moe_dispatch, mutates_args=())

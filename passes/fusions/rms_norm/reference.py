@@ -1,0 +1,42 @@
+"""RMSNorm, alone and with the residual sum before it: what the ops mean, and their registration.
+
+Plain torch, float32 inside, so Inductor fuses it with its neighbours; there is no C++ op. Source of the formula: Zhang and
+Sennrich 2019 (arXiv 1910.07467), with the product by the weight taken before the cast, as GPT-OSS does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight.
+
+    x [..., H], weight [H], any floating dtype; computed in promote(x.dtype, float32), result [..., H] in x's dtype.
+    Raises NotImplementedError off the CPU.
+    """
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"oxfuse::rms_norm has no kernel for device {x.device}; it runs on cpu.")
+    return _normalise(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(total), total), where total = x + residual, rounded to x's dtype before it is normalised.
+
+    x and residual [..., H] of one dtype, weight [H]. Raises NotImplementedError off the CPU.
+    """
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"oxfuse::add_rms_norm has no kernel for device {x.device}; it runs on cpu.")
+    total = x + residual
+    return _normalise(total, weight, eps), total
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (scaled * weight.to(wide.dtype)).to(x.dtype)
+
+
+torch.library.triton_op("oxfuse::rms_norm", rms_norm, mutates_args=())
+torch.library.triton_op("oxfuse::add_rms_norm", add_rms_norm, mutates_args=())

@@ -1,0 +1,1 @@
+"""Causal attention with sinks and a window, over a paged cache."""

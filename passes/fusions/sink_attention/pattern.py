@@ -1,0 +1,160 @@
+"""Find self-attention: causal or windowed, grouped queries, with or without a sink per head.
+
+Anchors: softmax of rank 4, or scaled_dot_product_attention. Form, on [B, heads, S, D]: softmax over the scaled and masked scores
+and one more column, the sink; that column dropped; times V. The window is read off the mask by running it (`window.py`).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from oxfuse.passes.fusion import Emitter, Fusion, Match
+from oxfuse.passes.fusions.sink_attention import reference as reference  # registers the op
+from oxfuse.passes.fusions.sink_attention.window import window_of
+from oxfuse.passes.graph import (
+    OXFUSE,
+    A,
+    Refusal,
+    as_node,
+    constant,
+    dtype_of,
+    is_op,
+    only,
+    require,
+    same_size,
+    shape_of,
+    the_op,
+    through,
+    uncast,
+    users_through,
+)
+from oxfuse.passes.weights import WeightTable
+
+_CASTS_AND_DROPOUT = (A.to.dtype, A.to.dtype_layout, A._to_copy.default, A.dropout.default)
+
+
+def ungroup(node: fx.Node) -> fx.Node:
+    """Return the KV heads behind their repetition for grouped queries, or the node itself."""
+    if is_op(node, A.repeat_interleave.self_int) and node.args[2] == 1:
+        return as_node(node.args[0])
+    grown = through(node, A.clone.default, A.contiguous.default)
+    if is_op(grown, A.reshape.default, A.view.default, A.flatten.using_ints) and is_op(grown.args[0], A.expand.default):
+        inner = through(grown.args[0].args[0], A.slice.Tensor)
+        if is_op(inner, A.unsqueeze.default) and inner.args[1] == 2:
+            return as_node(inner.args[0])
+    return node
+
+
+def match(anchor: fx.Node, weights: WeightTable) -> Match:
+    """Return the match around a softmax or SDPA node, or refuse."""
+    if is_op(anchor, A.scaled_dot_product_attention.default):
+        q, k, v, sink, mask, scale, out = _sdpa(anchor)
+    else:
+        q, k, v, sink, mask, scale, out = _softmax(anchor)
+    k, v = ungroup(k), ungroup(v)
+    heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
+    alike = shape_of(k)[:2] == shape_of(v)[:2] and all(map(same_size, shape_of(k), shape_of(v)))
+    require(alike and same_size(shape_of(q)[2], shape_of(k)[2]), "queries and keys are not of one sequence", anchor)
+    require(heads % kv_heads == 0, f"{heads} query heads do not group over {kv_heads} KV heads", anchor)
+    require(mask is not None, "attention has no mask, so it is not causal", anchor)
+    window = window_of(anchor.graph, as_node(mask))
+    if sink is not None:
+        require(dtype_of(sink).is_floating_point and shape_of(sink) == (heads,), "the sink is not one logit a head", sink)
+
+    def emit(to: Emitter) -> tuple[fx.Node, ...]:
+        tokens_first = [to.call(A.transpose.int, x, 1, 2) for x in (q, k, v)]
+        new = to.call(OXFUSE.sink_attention_dense.default, *tokens_first, sink, window, scale)
+        return (to.call(A.transpose.int, new, 1, 2),)
+
+    inputs = (q, k, v)
+    return Match(inputs=inputs, outputs=(out,), emit=emit)
+
+
+_Parts = tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, Any, float, fx.Node]
+
+
+def _sdpa(node: fx.Node) -> _Parts:
+    q, k, v = (as_node(a) for a in node.args[:3])
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    dropout, causal = (node.args[i] if len(node.args) > i else d for i, d in ((4, 0.0), (5, False)))
+    require(dropout == 0.0 and not causal and not node.kwargs.get("dropout_p"), "dropout or is_causal inside the op", node)
+    require(not node.kwargs.get("is_causal"), "is_causal inside the op", node)
+    scale = node.kwargs.get("scale")
+    return q, k, v, None, mask, float(scale) if isinstance(scale, float) else shape_of(q)[-1] ** -0.5, node
+
+
+def _softmax(softmax: fx.Node) -> _Parts:
+    require(softmax.args[1] in (-1, 3), "the softmax is not over the keys", softmax)
+    scores, probs = uncast(softmax.args[0]), softmax
+    if is_op(scores, A.sub.Tensor):  # minus its own row maximum: changes nothing
+        scores, top = uncast(scores.args[0]), scores.args[1]
+        top = top.args[0] if is_op(top, operator.getitem) else top
+        the_op(top, "the row maximum", A.max.dim, A.amax.default)
+        require(uncast(top.args[0]) is scores and top.args[1] in (-1, 3, [-1], [3]), "the shift is not the row maximum", top)
+    sink = None
+    if is_op(scores, A.cat.default):
+        parts, dim = scores.args[0], scores.args[1] if len(scores.args) > 1 else 0
+        require(dim in (-1, 3) and len(parts) == 2, "not one column beside the scores", scores)
+        scores, sink = uncast(parts[0]), _sink_behind(parts[1])
+        probs = only(users_through(probs, *_CASTS_AND_DROPOUT), "use of the probabilities", probs)
+        dropped = is_op(probs, A.slice.Tensor) and probs.args[1] in (3, -1) and tuple(probs.args[2:4]) in ((0, -1), (None, -1))
+        require(dropped, "the sink's probability is not dropped", probs)
+    scores, mask = _unmask(scores)
+    product, scale = _unscale(scores)
+    the_op(product, "queries times keys", A.matmul.default)
+    q, keys = as_node(uncast(product.args[0])), the_op(uncast(product.args[1]), "transposed keys", A.transpose.int)
+    require(set(keys.args[1:]) in ({2, 3}, {-1, -2}), "the keys are not transposed", keys)
+    if is_op(q, A.mul.Tensor) and isinstance(q.args[1], float):
+        q, scale = as_node(q.args[0]), scale * q.args[1]
+    out = only(users_through(probs, *_CASTS_AND_DROPOUT), "use of the probabilities", probs)
+    the_op(out, "probabilities times values", A.matmul.default)
+    return q, as_node(uncast(keys.args[0])), as_node(uncast(out.args[1])), sink, mask, scale, _cast_back(out, q)
+
+
+def _cast_back(out: fx.Node, q: fx.Node) -> fx.Node:
+    """Return the node from which on the result has the queries' dtype."""
+    while dtype_of(out) != dtype_of(q):
+        out = the_op(only(list(out.users), "cast of the result", out), "a cast to the queries' dtype", A.to.dtype)
+    return out
+
+
+def _sink_behind(column: Any) -> fx.Node:
+    node = through(column, A.expand.default, A.reshape.default, A.view.default, A.unsqueeze.default, A.to.dtype)
+    require(isinstance(node, fx.Node) and node.op == "get_attr", "the column beside the scores is not a weight")
+    return as_node(node)
+
+
+def _unmask(scores: fx.Node) -> tuple[fx.Node, Any]:
+    if is_op(scores, A.add.Tensor):
+        return as_node(uncast(scores.args[0])), scores.args[1]
+    if is_op(scores, A.where.ScalarOther, A.where.self):
+        value = scores.args[2]
+        require(isinstance(value, float | int) and value <= -1e4, "where() does not hide with -inf", scores)
+        return as_node(uncast(scores.args[1])), scores.args[0]
+    if is_op(scores, A.masked_fill.Scalar) and is_op(scores.args[1], A.logical_not.default, A.bitwise_not.default):
+        require(constant(scores.args[2], "the fill", scores) <= -1e4, "masked_fill does not hide with -inf", scores)
+        return as_node(uncast(scores.args[0])), scores.args[1].args[0]
+    raise Refusal("the scores are not masked in a known way", scores)
+
+
+def _unscale(scores: fx.Node) -> tuple[fx.Node, float]:
+    if is_op(scores, A.mul.Tensor, A.mul.Scalar):
+        return as_node(uncast(scores.args[0])), constant(scores.args[1], "the scale", scores)
+    if is_op(scores, A.div.Tensor, A.div.Scalar):
+        return as_node(uncast(scores.args[0])), 1 / constant(scores.args[1], "the scale", scores)
+    return scores, 1.0
+
+
+def _anchors(graph: fx.Graph) -> list[fx.Node]:
+    return [
+        node
+        for node in graph.nodes
+        if is_op(node, A.scaled_dot_product_attention.default)
+        or (is_op(node, A.softmax.int, A._softmax.default) and len(shape_of(node)) == 4)
+    ]
+
+
+FUSION = Fusion(name="sink_attention", anchors=_anchors, match=match)

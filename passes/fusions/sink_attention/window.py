@@ -1,0 +1,50 @@
+"""Tell what a mask lets a query see, by running the mask's own nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from oxfuse.passes.graph import Refusal, ancestors, in_order, require
+
+_LONGEST = 1 << 20
+
+
+def window_of(graph: fx.Graph, mask: fx.Node) -> int:
+    """Return the sliding window of a causal mask, in tokens with the query itself; 0 if it sees everything before it.
+
+    The mask's nodes run on one sequence longer than every constant in them, and each entry is looked at. Inputs of the program
+    are consecutive positions. Raises Refusal if the mask reads a weight, or is neither causal nor a causal window.
+    """
+    region = in_order(graph, ancestors([mask]))
+    length = 5 + max((a for n in region for a in _integers(n) if a < _LONGEST), default=1)
+    env: dict[fx.Node, Any] = {}
+    for node in region:
+        if node.op == "get_attr":
+            raise Refusal(f"the mask reads the tensor {node.target}", node)
+        if node.op == "placeholder":
+            if not isinstance(node.meta.get("val"), Tensor):
+                raise Refusal(f"the mask reads the input {node.name}, which is no tensor", node)
+            env[node] = torch.arange(length).expand([1] * (node.meta["val"].dim() - 1) + [length])
+        else:
+            assert callable(node.target)
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+            env[node] = node.target(*args, **kwargs)
+    value = env[mask]
+    require(value.shape[-2:] == (length, length), f"the mask of {length} tokens has shape {tuple(value.shape)}", mask)
+    planes = value.reshape(-1, length, length)
+    require(bool((planes == planes[:1]).all()), "the mask differs between heads or sequences", mask)
+    visible = planes[0] if value.dtype == torch.bool else planes[0] == 0
+    hidden = planes[0][~visible]
+    if value.dtype != torch.bool:
+        require(bool((hidden <= torch.finfo(value.dtype).min / 2).all()), "the mask adds something other than 0 and -inf", mask)
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    window = int(visible[-1].sum())
+    require(torch.equal(visible, (j <= i) & (j > i - window)), "the mask is neither causal nor a causal window", mask)
+    return 0 if window == length else window
+
+
+def _integers(node: fx.Node) -> list[int]:
+    return [a for a in [*node.args, *node.kwargs.values()] if type(a) is int]

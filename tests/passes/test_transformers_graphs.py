@@ -1,0 +1,49 @@
+"""The passes on graphs that nobody here wrote: transformers' own GPT-OSS, whichever way it computes its experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oxfuse.passes.manager import run_passes
+from oxfuse.passes.weights import table_of
+
+from .graphs import FUSIONS, WINDOW, bind, export_causal, transformers_gpt_oss
+
+
+def fused(model, batched=False):
+    module = export_causal(model, batched)
+    state = dict([*model.named_parameters(), *model.named_buffers()])
+    weights = table_of(state, {}, frozenset(dict(model.named_buffers())))
+    results = {r.name: r for r in run_passes(module, weights, requested=FUSIONS)}
+    bind(module, weights, state)
+    return module, results
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_layer_fuses_and_agrees(experts, batched, dtype):
+    model = transformers_gpt_oss(experts, dtype)
+    module, results = fused(model, batched)
+    layers = model.config.num_hidden_layers
+    counts = {name: results[name].count for name in FUSIONS}
+    assert counts == {"sink_attention": layers, "rotary_embedding": layers, "moe_dispatch": layers, "rms_norm": 2 * layers + 1}
+    windows = [n.args[4] for n in module.graph.nodes if "sink_attention_dense" in str(n.target)]
+    assert windows == [WINDOW, 0, WINDOW]
+    left = {str(n.target) for n in module.graph.nodes if n.op == "call_function"}
+    assert not {t for t in left if any(word in t for word in ("softmax", "topk", "rsqrt", "cos", "sigmoid"))}
+
+    tokens = 150  # beyond the window and the original context
+    ids = torch.randint(0, 211, (2 if batched else 1, tokens), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(tokens).expand_as(ids)
+    rows = torch.arange(tokens)
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    got = module(input_ids=ids, position_ids=positions, logits_to_keep=rows, use_cache=False)[0].float()
+    assert expected.std() > 1
+    if dtype == torch.float32:
+        assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+    else:
+        exact = transformers_gpt_oss(experts)(input_ids=ids, position_ids=positions, use_cache=False).logits
+        theirs, ours = ((x - exact).pow(2).mean().sqrt() for x in (expected, got))
+        assert ours <= theirs * 1.2
