@@ -106,6 +106,13 @@ def uncast(node: Any) -> Any:
     return through(node, *CASTS)
 
 
+def unwidened(node: Any) -> Any:
+    """Return the node behind conversions to a wider dtype: the same values. A rounding conversion stays."""
+    while is_op(node, *CASTS) and dtype_of(node).itemsize >= dtype_of(node.args[0]).itemsize:
+        node = node.args[0]
+    return node
+
+
 def users_through(node: fx.Node, *targets: Any) -> list[fx.Node]:
     """Return the node's users, a user among `targets` replaced by its own users."""
     return [v for user in node.users for v in (users_through(user, *targets) if is_op(user, *targets) else [user])]

@@ -41,7 +41,10 @@ class DimRange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramSpec:
-    """One compiled program. `constants` maps the program's own constant names to tensors of the weight file."""
+    """One compiled program. `constants` maps the program's own constant names to tensors of the weight file.
+
+    `path` is its folder in the artifact; `library` and the names in `files`, which gives their sha256, are relative to it.
+    """
 
     name: str
     target: str
@@ -137,7 +140,7 @@ class WeightTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """A safetensors file; `header_sha256` covers its length prefix and header, which `load` checks; tensors' hashes `verify` does."""
+    """A safetensors file; `header_sha256` covers its length prefix and header; `load` checks that, `verify` the tensors."""
 
     path: str
     bytes: int
@@ -210,7 +213,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             if missing or unknown:
                 words = [f"lacks {sorted(missing)}"] * bool(missing) + [f"has unknown {sorted(unknown)}"] * bool(unknown)
                 raise UserError(f"{where} {' and '.join(words)}: the manifest is damaged. Compile the checkpoint again.")
-            return typing.cast(Any, kind)(**{name: _convert(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+            return typing.cast(Any, kind)(
+                **{name: _convert(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+            )
     elif kind is float:
         if type(value) in (int, float):
             return float(value)

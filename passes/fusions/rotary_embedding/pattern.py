@@ -139,9 +139,14 @@ def _is_int(node: fx.Node) -> bool:
     return not node.meta["val"].dtype.is_floating_point
 
 
+def _anchors(graph: fx.Graph) -> list[fx.Node]:
+    attentions = [n for n in graph.nodes if is_op(n, OXFUSE.sink_attention_dense.default)]
+    return [n for n in attentions if not is_op(through(n.args[0], operator.getitem), OXFUSE.rotary_embedding.default)]
+
+
 FUSION = Fusion(
     name="rotary_embedding",
-    anchors=lambda graph: [n for n in graph.nodes if is_op(n, OXFUSE.sink_attention_dense.default)],
+    anchors=_anchors,
     match=match,
     after=("sink_attention",),  # the fused attention says which tensors are its queries and keys
 )

@@ -29,6 +29,7 @@ from oxfuse.passes.graph import (
     the_op,
     through,
     uncast,
+    unwidened,
     users_through,
 )
 from oxfuse.passes.weights import WeightTable
@@ -57,6 +58,7 @@ def match(anchor: fx.Node, weights: WeightTable) -> Match:
     k, v = ungroup(k), ungroup(v)
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
     alike = shape_of(k)[:2] == shape_of(v)[:2] and all(map(same_size, shape_of(k), shape_of(v)))
+    require(dtype_of(q) == dtype_of(k) == dtype_of(v), "queries, keys and values differ in dtype", anchor)
     require(alike and same_size(shape_of(q)[2], shape_of(k)[2]), "queries and keys are not of one sequence", anchor)
     require(heads % kv_heads == 0, f"{heads} query heads do not group over {kv_heads} KV heads", anchor)
     require(mask is not None, "attention has no mask, so it is not causal", anchor)
@@ -105,13 +107,14 @@ def _softmax(softmax: fx.Node) -> _Parts:
     scores, mask = _unmask(scores)
     product, scale = _unscale(scores)
     the_op(product, "queries times keys", A.matmul.default)
-    q, keys = as_node(uncast(product.args[0])), the_op(uncast(product.args[1]), "transposed keys", A.transpose.int)
+    q, keys = as_node(unwidened(product.args[0])), the_op(unwidened(product.args[1]), "transposed keys", A.transpose.int)
     require(set(keys.args[1:]) in ({2, 3}, {-1, -2}), "the keys are not transposed", keys)
     if is_op(q, A.mul.Tensor) and isinstance(q.args[1], float):
         q, scale = as_node(q.args[0]), scale * q.args[1]
     out = only(users_through(probs, *_CASTS_AND_DROPOUT), "use of the probabilities", probs)
     the_op(out, "probabilities times values", A.matmul.default)
-    return q, as_node(uncast(keys.args[0])), as_node(uncast(out.args[1])), sink, mask, scale, _cast_back(out, q)
+    k, v = (as_node(unwidened(x)) for x in (keys.args[0], out.args[1]))
+    return q, k, v, sink, mask, scale, _cast_back(out, q)
 
 
 def _cast_back(out: fx.Node, q: fx.Node) -> fx.Node:

@@ -1,0 +1,5 @@
+"""The compiler: a checkpoint goes in, an artifact comes out. It may import everything; nothing but the command line imports it."""
+
+from oxfuse.compiler.compile import compile as compile
+
+__all__ = ["compile"]

@@ -1,0 +1,152 @@
+"""`oxfuse.compile`: one checkpoint, one artifact.
+
+The road of DESIGN: read the checkpoint's names, export the reference, fuse, insert the cache, lower, stream the weights, run the
+oracle, write manifest and report, measure the result. Everything happens in a folder that becomes the artifact in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from oxfuse.compiler.artifact import ArtifactWriter
+from oxfuse.compiler.describe import describe_artifact, report_of
+from oxfuse.compiler.export import export_step
+from oxfuse.compiler.fuse import Fused, fuse
+from oxfuse.compiler.golden import GOLDEN, write_golden
+from oxfuse.compiler.lowering.aoti import lower, use_ops
+from oxfuse.compiler.measure import measure
+from oxfuse.compiler.options import BLOCK_SIZE, CompileOptions
+from oxfuse.compiler.phases import Phases, Progress, silent
+from oxfuse.compiler.plan import Plan, make_plan
+from oxfuse.compiler.report import write_report
+from oxfuse.compiler.source import open_source
+from oxfuse.compiler.weight_file import entry_of, write_weights
+from oxfuse.errors import UserError
+from oxfuse.models.tensor_source import MemoryTensor
+from oxfuse.models.virtual import virtual_model
+from oxfuse.passes.dump import dump_graph
+from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops
+from oxfuse.runtime.manifest import MANIFEST, WeightFile
+
+PROGRAMS = "programs/cpu"
+WEIGHTS = "weights.safetensors"
+
+
+def compile(
+    source: str | Path | nn.Module,
+    output: str | Path,
+    *,
+    target: str = "cpu",
+    dtype: str = "auto",
+    task: str | None = None,
+    max_context: int | None = None,
+    max_batch: int = 8,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    dump_graphs: str | Path | None = None,
+    progress: Progress = silent,
+    **policy: Any,
+) -> Path:
+    """Compile a checkpoint into an artifact and return the artifact's folder.
+
+    source: a folder or a hub id `org/name[@revision]`. output: the artifact's place; it may exist when empty, or with `force`.
+    dtype: "float32", "bfloat16" or "auto" (the checkpoint's own; float16 becomes bfloat16) of activations, cache and
+    unquantised weights. task: inferred from the checkpoint's architecture. max_context: longest sequence in tokens, the model's
+    own by default. max_batch: most sequences in one step. tokenizer: a folder with tokenizer files, the source's by default.
+    dump_graphs: a folder for the graph after every pass. policy: see `CompileOptions`.
+
+    Raises UserError for anything the caller can put right; then nothing is left behind.
+    """
+    if unknown := sorted(set(policy) - {field.name for field in dataclasses.fields(CompileOptions)}):
+        raise UserError(f"unknown option {', '.join(unknown)}; policies: experts, activations, dense, cpu_isa, provider.")
+    options = CompileOptions(target=target, dtype=dtype, task=task, max_context=max_context, max_batch=max_batch, **policy)
+    phases = Phases(progress=progress)
+    with phases("read checkpoint"):
+        checkpoint, fingerprint = open_source(source)
+        plan = make_plan(checkpoint, options, fingerprint, tokenizer)
+    writer = ArtifactWriter(Path(output), force=force, checkpoint=checkpoint.folder, expected_bytes=plan.expected_bytes())
+    with writer as folder:
+        _build(plan, folder, phases, Path(dump_graphs) if dump_graphs is not None else None)
+    return writer.output
+
+
+def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> None:
+    """Fill the artifact's folder."""
+    programs = folder / PROGRAMS
+    programs.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:  # g++ works in a process of its own while this one exports
+        building = pool.submit(build_ops, cpu_kernels(), plan.level, programs / "oxfuse_ops.so")
+        with phases("export and fuse"):
+            fused = _fuse(plan, dump)
+            program = export_step(
+                fused.step, fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, limits=plan.step_limits
+            )
+        with phases("build C++ ops"):
+            ops = building.result()
+            load_ops(ops)
+            use_ops(program, ops.names)
+    with phases("compile program"):
+        lowered = lower(program, programs / "step", plan.level)
+    constants = {name: fused.stored_name(name) for name in lowered.constants}
+    with phases("write weights") as report:
+        weights = _write_weights(plan, fused, constants, folder / WEIGHTS, report)
+    with phases("run oracle"):
+        write_golden(
+            folder / GOLDEN,
+            contract=plan.contract,
+            config=plan.config,
+            task=plan.task,
+            sources=plan.sources,
+            max_context=plan.limits.max_context,
+        )
+    for path in plan.tokenizer_files:
+        shutil.copyfile(path, folder / path.name)
+    manifest = describe_artifact(plan, fused, lowered, ops, weights, constants, folder)
+    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    with phases("measure artifact"):
+        parity = measure(folder)
+    write_report(folder, report_of(manifest, folder, program, phases.seconds, parity))
+
+
+def _fuse(plan: Plan, dump: Path | None) -> Fused:
+    seen = 0
+
+    def observe(name: str, module: fx.GraphModule) -> None:
+        nonlocal seen
+        if dump is not None:
+            dump_graph(module, dump, f"{seen:02d}_{name}")
+        seen += 1
+
+    model = virtual_model(plan.contract, plan.config, plan.task, plan.dtype)
+    encodings = {name: source.encoding for name, source in plan.sources.items()}
+    return fuse(model, encodings, requested=plan.contract.fusions, observe=observe)
+
+
+def _write_weights(
+    plan: Plan, fused: Fused, constants: dict[str, str], path: Path, report: Callable[[float], None]
+) -> WeightFile:
+    """Stream every weight that the program reads into the weight file; names of one tensor share it."""
+    entries = {}
+    for name, stored in constants.items():
+        weight = fused.weights[name]
+        if weight.computed:
+            value = fused.step.get_buffer(name)
+            entries[stored] = entry_of(weight, MemoryTensor(name=name, shape=tuple(value.shape), dtype=value.dtype, tensor=value))
+        else:
+            source = plan.sources[weight.source]
+            entries[stored] = entry_of(weight, source if weight.part is None else source.parts()[weight.part])
+    total, done = max(1, sum(entry.nbytes for entry in entries.values())), 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done / total)
+
+    return write_weights(path, entries, progress)

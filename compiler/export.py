@@ -1,0 +1,101 @@
+"""Export: the reference becomes a cache-free graph, and, after the passes, the step module becomes a program again.
+
+Everything here works on weights that were never read; what enters and leaves are graphs and names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, export
+
+from oxfuse.passes.insert_cache import STEP_INPUTS, PagedCache
+from oxfuse.runtime.manifest import DimRange, TensorSpec
+
+CACHE_FREE_INPUTS = {"token_ids": "input_ids", "positions": "position_ids", "rows": "logits_to_keep"}
+"""The step program's inputs by the names that the reference gives them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLimits:
+    """Upper bounds of the step program's dims: tokens and sequences of a step, blocks of a sequence's table."""
+
+    tokens: int
+    sequences: int
+    table: int
+
+
+@torch.no_grad()  # or the rotation hides in a submodule under wrap_with_set_grad_enabled
+def export_reference(model: nn.Module, max_tokens: int = 8192) -> fx.GraphModule:
+    """Return the pre-dispatch ATen graph of ids [1, T], positions [1, T], logits_to_keep [R] -> logits [1, R, V]."""
+    tokens, rows = Dim("T", min=1, max=max_tokens), Dim("R", min=1, max=max_tokens)
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    inputs = {
+        "input_ids": ids,
+        "position_ids": ids.clone(),
+        "logits_to_keep": torch.zeros(2, dtype=torch.long),
+        "use_cache": False,
+        "return_dict": False,
+    }
+    dims = {name: {1: tokens} if name.endswith("ids") else {0: rows} if name == "logits_to_keep" else None for name in inputs}
+    program = export(model, (), inputs, dynamic_shapes=dims, strict=False)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+@torch.no_grad()
+def export_step(step: fx.GraphModule, cache: PagedCache, *, block_size: int, dtype: torch.dtype, limits: StepLimits) -> ExportedProgram:
+    """Return the step module as an exported program with dynamic dims, each of minimum 1 (N + 1: 2)."""
+    sizes = {"T": limits.tokens, "N": limits.sequences, "N1": limits.sequences + 1, "M": limits.table, "R": limits.tokens}
+    dims = {name: Dim(name, min=1 + (name == "N1"), max=size) for name, size in sizes.items()}
+    example = {"T": 5, "N": 3, "N1": 4, "M": 6, "R": 2}
+    groups = len(cache.windows)
+    args, shapes = [], []
+    for name in STEP_INPUTS:
+        symbols = _SHAPES[name]
+        args.append(torch.zeros([groups if s == "G" else example[s] for s in symbols], dtype=torch.long))
+        shapes.append({i: dims[s] for i, s in enumerate(symbols) if s != "G"})
+    blocks = [Dim(f"B{group}", min=1, max=1 << 24) for group in range(groups)]
+    for layer in cache.layers:
+        for _ in "kv":
+            args.append(torch.zeros(7 + layer.group, block_size, layer.kv_heads, layer.head_dim, dtype=dtype))
+            shapes.append({0: blocks[layer.group]})
+    return export(step, tuple(args), dynamic_shapes=tuple(shapes), strict=False)
+
+
+_SHAPES = {
+    "token_ids": ("T",),
+    "positions": ("T",),
+    "query_start": ("N1",),
+    "kv_lens": ("N",),
+    "slots": ("G", "T"),
+    "block_tables": ("G", "N", "M"),
+    "rows": ("R",),
+}
+
+
+def step_signature(
+    cache: PagedCache, *, block_size: int, dtype: torch.dtype, vocab_size: int, limits: StepLimits
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, DimRange]]:
+    """Return inputs, outputs and dims of the step program as the manifest states them."""
+    groups, name = len(cache.windows), str(dtype).removeprefix("torch.")
+    inputs = [
+        TensorSpec(name=n, dtype="int64", shape=tuple(groups if s == "G" else "N+1" if s == "N1" else s for s in _SHAPES[n]))
+        for n in STEP_INPUTS
+    ]
+    inputs += [
+        TensorSpec(name=f"{kv}_cache_{i}", dtype=name, shape=(f"B{layer.group}", block_size, layer.kv_heads, layer.head_dim))
+        for i, layer in enumerate(cache.layers)
+        for kv in "kv"
+    ]
+    dims = {
+        "T": DimRange(min=1, max=limits.tokens),
+        "N": DimRange(min=1, max=limits.sequences),
+        "M": DimRange(min=1, max=limits.table),
+        "R": DimRange(min=1, max=limits.tokens),
+        **{f"B{group}": DimRange(min=1, max=1 << 24) for group in range(groups)},
+    }
+    return tuple(inputs), (TensorSpec(name="logits", dtype=name, shape=("R", vocab_size)),), dims

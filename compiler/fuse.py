@@ -1,0 +1,86 @@
+"""From a reference model to the step program's graph: export, passes, cache. No weight is read on the way.
+
+The result is what every target lowers; tests run it eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from oxfuse.compiler.export import CACHE_FREE_INPUTS, export_reference
+from oxfuse.compiler.options import BLOCK_SIZE
+from oxfuse.passes.insert_cache import PagedCache, insert_paged_cache
+from oxfuse.passes.manager import Observer, PassResult, Policy, run_passes
+from oxfuse.passes.weights import Encoding, WeightTable, table_of
+from oxfuse.runtime.manifest import CacheGroup, CacheSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """A step module with the table of its weights, its cache, and what the passes did."""
+
+    step: fx.GraphModule
+    weights: WeightTable
+    cache: PagedCache
+    passes: tuple[PassResult, ...]
+
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the weight file holds a weight: for tied names, the one that the checkpoint has."""
+        weight = self.weights[name]
+        return weight.source if not weight.transforms and weight.part is None else name
+
+
+def fuse(
+    model: nn.Module,
+    encodings: Mapping[str, Encoding],
+    *,
+    requested: tuple[str, ...],
+    policy: Policy = "strict",
+    observe: Observer | None = None,
+    export: Callable[[nn.Module], fx.GraphModule] = export_reference,
+) -> Fused:
+    """Export `model`, run the passes, insert the paged cache.
+
+    `encodings` tells how the checkpoint stores a parameter ("dense" where it says nothing); `requested` names the fusions that
+    the model must have. Raises UserError where a fusion is refused (policy strict).
+    """
+    module = export(model)
+    weights = tied_table(model, encodings)
+    results = run_passes(module, weights, requested=requested, policy=policy, observe=observe)
+    step, cache = insert_paged_cache(module, CACHE_FREE_INPUTS)
+    results.append(PassResult(name="insert_cache", count=len(cache.layers)))
+    if observe is not None:
+        observe("insert_cache", step)
+    return Fused(step=step, weights=weights, cache=cache, passes=tuple(results))
+
+
+def tied_table(model: nn.Module, encodings: Mapping[str, Encoding]) -> WeightTable:
+    """Return the table of a model's parameters and buffers; each name of a tied tensor gets the first name as its source."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    computed = dict(model.named_buffers(remove_duplicate=False))
+    table = table_of({**tensors, **computed}, encodings, frozenset(computed))
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        owner = first.setdefault(id(tensor), name)
+        if owner != name:
+            table[name] = table[owner]
+    return table
+
+
+def cache_spec(cache: PagedCache, dtype: torch.dtype) -> CacheSpec:
+    """Return the manifest's description of a cache."""
+    groups = range(len(cache.windows))
+    return CacheSpec(
+        block_size=BLOCK_SIZE,
+        dtype=str(dtype).removeprefix("torch."),
+        kv_heads=tuple(layer.kv_heads for layer in cache.layers),
+        head_dim=tuple(layer.head_dim for layer in cache.layers),
+        groups=tuple(
+            CacheGroup(window=cache.windows[g], layers=tuple(i for i, layer in enumerate(cache.layers) if layer.group == g))
+            for g in groups
+        ),
+    )

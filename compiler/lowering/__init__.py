@@ -1,0 +1,1 @@
+"""Lowering: exported programs become files that a target runs."""

@@ -1,0 +1,90 @@
+"""Lower an exported program to an AOTInductor library for the CPU, its weights left outside.
+
+Enters: an ExportedProgram with oxfuse:: ops, and the C++ ops that implement some of them. Leaves: a folder with one shared
+library and the files beside it that torch's runner reads. Uses `torch._inductor`, which is private: all such use is here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from oxfuse.errors import InternalError
+
+LIBRARY = "program.so"
+VECTOR_BITS = {"x86-64-v2": 1, "x86-64-v3": 256, "x86-64-v4": 512}
+"""Vector width that Inductor may write code for, by level (1: none; it knows no SSE). The compiler's own -march does not bound it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """The program's folder, and the names that it calls its weights by."""
+
+    folder: Path
+    library: str
+    constants: tuple[str, ...]
+
+
+def options(level: str) -> dict[str, Any]:
+    """Return Inductor's settings for an x86-64 level; each is there because leaving it out was seen to break something."""
+    settings: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,  # weights stay in one file that all programs share
+        "always_keep_tensor_constants": True,  # or tensors of 8 elements and fewer are inlined with whatever memory holds
+        "cpp.dynamic_threads": True,  # or a program dies of SIGBUS with more threads than it was compiled with
+        "aot_inductor.check_lowerbound": False,  # dims are believed to be 2 and more, yet 1 runs
+        "fx_graph_cache": False,
+        "joint_graph_constant_folding": False,  # would read weights
+        "cpp.enable_kernel_profile": False,
+    }
+    if level in VECTOR_BITS:
+        settings |= {"cpp.march": level, "cpp.simdlen": VECTOR_BITS[level]}
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in settings.items() if name in known}
+
+
+def use_ops(program: ExportedProgram, names: Mapping[str, str]) -> int:
+    """Let the program call other implementations of its ops; return how many calls changed.
+
+    `names` maps qualified names, `oxfuse::sink_attention` to `oxfuse::sink_attention_<tag>`, of the same schema.
+    """
+    targets = {f"{old}": _op(new) for old, new in names.items()}
+    changed = 0
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in targets:
+            node.target = targets[node.target.name().split(".")[0]]
+            changed += 1
+    program.graph_module.recompile()
+    return changed
+
+
+def _op(qualified: str) -> torch._ops.OpOverload:
+    namespace, name = qualified.split("::")
+    overload = getattr(getattr(torch.ops, namespace), name).default
+    assert isinstance(overload, torch._ops.OpOverload)
+    return overload
+
+
+def lower(program: ExportedProgram, folder: Path, level: str) -> Lowered:
+    """Compile `program` for an x86-64 level into `folder`, which is made. Raises InternalError if Inductor yields other files than expected."""
+    module = program.module(check_guards=False)
+    args, kwargs = program.example_inputs or ((), {})
+    files = torch._inductor.aot_compile(module, args, kwargs, options=options(level))
+    paths = [Path(f) for f in files if isinstance(f, str)] if isinstance(files, list) else []
+    libraries = [path for path in paths if path.suffix == ".so"]
+    if len(libraries) != 1:
+        raise InternalError(f"AOTInductor returned {[p.name for p in paths]}; expected one shared library.")
+    folder.mkdir(parents=True)
+    for path in paths:
+        if path.suffix in (".so", ".json"):
+            stem = path.name.replace(libraries[0].stem, Path(LIBRARY).stem)
+            shutil.copyfile(path, folder / stem)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
+    names = tuple(sorted(runner.get_constant_names_to_original_fqns().values()))
+    return Lowered(folder=folder, library=LIBRARY, constants=names)

@@ -1,0 +1,31 @@
+"""Measure a finished artifact against the oracle, where this machine can run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oxfuse.compiler.golden import GOLDEN
+from oxfuse.compiler.report import Parity
+from oxfuse.errors import InternalError
+from oxfuse.runtime.host import misfits
+from oxfuse.runtime.manifest import read_manifest
+from oxfuse.runtime.model import load
+from oxfuse.runtime.verify import compare_golden
+
+
+def measure(folder: Path) -> Parity:
+    """Run the golden tokens through the artifact in `folder` and return its error.
+
+    Raises InternalError if the error is more than the artifact's dtype explains: such an artifact must not be shipped.
+    """
+    manifest = read_manifest(folder)
+    if wrong := misfits(manifest.requirements):
+        return Parity(rows=0, reason=f"it does not run here: {'; '.join(wrong)}.")
+    found = compare_golden(load(folder), folder / GOLDEN)
+    if not found.fits(manifest.model.dtype):
+        raise InternalError(
+            f"The artifact's logits differ from the float32 reference by {found.max_error:.2e} at most and {found.rms_error:.2e} in "
+            f"the mean, where the reference reaches {found.reference_max:.2e}: more than {manifest.model.dtype} explains. "
+            "Please report this with the checkpoint's config.json."
+        )
+    return Parity(rows=found.rows, rms=found.rms_error, max=found.max_error, top1=found.top1_agreement)

@@ -1,0 +1,98 @@
+"""What one compile will do: every question that the options and the checkpoint leave open, answered before any work begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oxfuse.compiler.export import StepLimits
+from oxfuse.compiler.options import BLOCK_SIZE, DTYPES, MAX_STEP_TOKENS, CompileOptions
+from oxfuse.errors import UserError
+from oxfuse.models.checkpoint import Checkpoint, TensorSource, tokenizer_files
+from oxfuse.models.contract import ModelContract, lookup
+from oxfuse.passes.fusions.build import resolve_isa
+from oxfuse.runtime.manifest import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One compile. `level` is the x86-64 level of the code, `features` the CPU flags it needs."""
+
+    options: CompileOptions
+    checkpoint: Checkpoint
+    fingerprint: dict[str, str]
+    contract: ModelContract
+    config: Any
+    task: str
+    dtype: torch.dtype
+    limits: Limits
+    sources: Mapping[str, TensorSource]
+    tokenizer_files: tuple[Path, ...]
+    level: str
+    features: tuple[str, ...]
+
+    @property
+    def step_limits(self) -> StepLimits:
+        """Return the upper bounds of the step program's dims."""
+        limits = self.limits
+        return StepLimits(tokens=limits.max_step_tokens, sequences=limits.max_batch, table=-(-limits.max_context // BLOCK_SIZE))
+
+    def expected_bytes(self) -> int:
+        """Return the bytes that the artifact's weights will have."""
+        return sum(
+            math.prod(source.shape) * self.dtype.itemsize
+            if source.encoding == "dense"
+            else sum(math.prod(part.shape) for part in source.parts().values())
+            for source in self.sources.values()
+        )
+
+
+def make_plan(
+    checkpoint: Checkpoint, options: CompileOptions, fingerprint: dict[str, str], tokenizer: str | Path | None = None
+) -> Plan:
+    """Return the plan. Raises UserError where the checkpoint is damaged, or is not what the options ask for."""
+    contract = lookup(checkpoint.config["model_type"])
+    config = contract.parse_config(dict(checkpoint.config))
+    task = options.task or contract.task_of(checkpoint.config)
+    if task != "text-generation":
+        raise UserError(f"target cpu compiles text-generation in this version of oxfuse, not {task}.")
+    own = config.max_position_embeddings
+    if options.max_context is not None and options.max_context > own:
+        raise UserError(f"max_context is {options.max_context}, but the model reaches {own} tokens. Choose that or less.")
+    sources = contract.tensor_sources(checkpoint, config, task)
+    level, features = resolve_isa(options.cpu_isa)
+    files = checkpoint.tokenizer_files if tokenizer is None else tokenizer_files(Path(tokenizer))
+    if tokenizer is not None and not any(path.name == "tokenizer.json" for path in files):
+        raise UserError(f"{tokenizer} holds no tokenizer.json. Name a folder that does, or leave the option away.")
+    return Plan(
+        options=options,
+        checkpoint=checkpoint,
+        fingerprint=fingerprint,
+        contract=contract,
+        config=config,
+        task=task,
+        dtype=_dtype(options.dtype, contract, checkpoint),
+        limits=Limits(
+            max_context=options.max_context or own,
+            max_batch=options.max_batch,
+            max_step_tokens=max(MAX_STEP_TOKENS, options.max_batch),
+        ),
+        sources=sources,
+        tokenizer_files=tuple(files),
+        level=level,
+        features=features,
+    )
+
+
+def _dtype(asked: str, contract: ModelContract, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype to compile in: the one asked for, or the checkpoint's own where the CPU computes in it."""
+    own = {torch.float16: torch.bfloat16, torch.float64: torch.float32}.get(checkpoint.dtype, checkpoint.dtype)
+    dtype = own if asked == "auto" else DTYPES[asked]
+    if dtype in contract.refused_dtypes:
+        raise UserError(f"{contract.model_type} cannot run in {dtype}: {contract.refused_dtypes[dtype]}.")
+    return dtype

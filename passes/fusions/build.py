@@ -1,0 +1,162 @@
+"""Builds the C++ ops of all fusions into one shared library, and makes a built one known to this process.
+
+Kernels and an instruction set enter; a library leaves that an artifact ships and a runtime loads with
+`torch.ops.load_library`, without a compiler. Its ops carry a hash of what they were made from in their names, so libraries of
+different versions can live in one process. It is one translation unit over torch's stable ABI headers, because parsing headers
+is most of the work: 9 s of CPU where the usual headers and a unit for each op would need over 30.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import os
+import pkgutil
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oxfuse.errors import InternalError, UserError
+from oxfuse.passes.fusions.contract import CpuKernel
+
+HERE = Path(__file__).parent
+# The x86-64 psABI's levels, as /proc/cpuinfo spells their features (abm holds lzcnt, pni is sse3); each includes those before it.
+LEVELS = {
+    "x86-64-v2": ("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"),
+    "x86-64-v3": ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"),
+    "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+}
+FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall"),
+    # Products and sums may fuse, nothing else may change: NaN and infinities keep their meaning.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd"),
+    # The oldest torch that oxfuse takes: newer headers then offer just what that one has.
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpsBuild:
+    """A built library. `names` maps a Python op to the C++ op that replaces it; `features` is what the CPU must have."""
+
+    path: Path
+    tag: str
+    names: Mapping[str, str]
+    isa: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+
+
+def cpu_kernels() -> list[CpuKernel]:
+    """Return the kernels of every folder that has some, by name, and register the Python ops that they replace."""
+    kernels = []
+    for info in pkgutil.iter_modules([str(HERE)]):
+        if info.ispkg:
+            importlib.import_module(f"oxfuse.passes.fusions.{info.name}.reference")
+            kernel: CpuKernel | None = importlib.import_module(f"oxfuse.passes.fusions.{info.name}.cpu").KERNEL
+            kernels += [] if kernel is None else [kernel]
+    return kernels
+
+
+def build_ops(kernels: Iterable[CpuKernel], isa: str, out: Path, compiler: str = "g++") -> OpsBuild:
+    """Compile all kernels into the one shared library `out` for `isa`, native or a level such as x86-64-v3.
+
+    native is the highest level that this machine has. Raises UserError for an unknown `isa` and where `compiler` is missing or
+    refuses.
+    """
+    kernels = sorted(kernels, key=lambda kernel: kernel.source.as_posix())
+    level, features = resolve_isa(isa)
+    flags = FLAGS + ((f"-march={level}",) if features else ()) + (("-mprefer-vector-width=512",) if level == "x86-64-v4" else ())
+    headers = sorted({path for kernel in kernels for folder in (HERE, kernel.source.parent) for path in folder.glob("*.h")})
+    content = hashlib.sha256()
+    for part in (*flags, torch.__version__, *(path.read_text("utf-8") for path in (*headers, *(k.source for k in kernels)))):
+        content.update(part.encode() + b"\0")
+    tag = content.hexdigest()[:16]
+    _compile(kernels, [compiler, *flags, f'-DOXFUSE_TAG="{tag}"'], out)
+    names = {op: f"oxfuse::{function}_{tag}" for kernel in kernels for op, function in kernel.ops.items()}
+    return OpsBuild(path=out, tag=tag, names=names, isa=level, flags=flags, features=features)
+
+
+def load_ops(build: OpsBuild) -> None:
+    """Register the ops of `build` in this process, with the shapes that the Python ops they replace compute.
+
+    The modules that register those must be imported. An op that is registered already, by this file or by a copy of it, is
+    left as it is. Raises InternalError if the library lacks one of its ops.
+    """
+    if any(_find(name) is None for name in build.names.values()):
+        torch.ops.load_library(build.path)
+    for reference, name in build.names.items():
+        op, known = _find(name), _find(reference)
+        if op is None or known is None:
+            raise InternalError(f"Op {name if op is None else reference} is not registered after {build.path} was loaded.")
+        torch.library.register_fake(name, functools.partial(_fake, known), allow_override=True)
+
+
+def resolve_isa(isa: str) -> tuple[str, tuple[str, ...]]:
+    """Return the level that `isa` means here and the CPU features it needs, sorted; no features where the CPU is not x86-64.
+
+    Raises UserError if `isa` is unknown, or native and this machine has not even x86-64-v2.
+    """
+    levels = list(LEVELS)
+    if isa not in ("native", *levels):
+        raise UserError(f"CPU instruction set {isa!r} is unknown. Choose native, {', '.join(levels)}.")
+    if platform.machine() != "x86_64":
+        if isa != "native":
+            raise UserError(f"CPU instruction set {isa} cannot be built on a {platform.machine()} machine. Choose native.")
+        return platform.machine(), ()
+    if isa == "native":
+        have = _cpu_features()
+        fitting = [name for i, name in enumerate(levels) if have.issuperset(f for below in levels[: i + 1] for f in LEVELS[below])]
+        if not fitting:
+            missing = sorted(set(LEVELS[levels[0]]) - have)
+            raise UserError(f"This CPU lacks {', '.join(missing)} of x86-64-v2, the least that oxfuse runs on. Use another machine.")
+        isa = fitting[-1]
+    return isa, tuple(sorted(f for name in levels[: levels.index(isa) + 1] for f in LEVELS[name]))
+
+
+def _cpu_features() -> frozenset[str]:
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def _compile(kernels: list[CpuKernel], command: list[str], out: Path) -> None:
+    if shutil.which(command[0]) is None:
+        raise UserError(f"The C++ compiler {command[0]} was not found. Install it (Debian, Ubuntu: apt install g++) to compile models.")
+    root = Path(torch.__file__).parent
+    unit = "".join(f'#include "{kernel.source.absolute().as_posix()}"\n' for kernel in kernels)
+    handle, partial = tempfile.mkstemp(suffix=".so", prefix=f".{out.name}.", dir=out.parent)
+    os.close(handle)
+    # Messages name sources relative to the package, whoever built the library; nothing of this machine's paths is shipped.
+    paths = [f"-ffile-prefix-map={HERE}=oxfuse", f"-ffile-prefix-map={root}=torch", f"-isystem{root}/include", f"-L{root}/lib"]
+    libraries = ["-ltorch_cpu", "-Wl,--no-undefined", "-Wl,-soname,liboxfuse_ops.so"]
+    try:
+        done = subprocess.run([*command, *paths, "-xc++", "-", "-o", partial, *libraries], input=unit, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise UserError(
+                f"{command[0]} could not compile the CPU ops for {[flag for flag in command if flag.startswith('-march')]}: "
+                + " | ".join(errors[:3])
+                + ". It must be GCC 11 or newer, or a Clang that takes the same flags."
+            )
+        Path(partial).chmod(0o755)
+        os.replace(partial, out)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _find(name: str) -> Callable[..., Any] | None:
+    return getattr(torch.ops.oxfuse, name.removeprefix("oxfuse::"), None)
+
+
+def _fake(reference: Callable[..., Any], *args: Any) -> Any:
+    return reference(*args)

@@ -1,0 +1,45 @@
+"""What a fusion's folder declares beside its pattern: the C++ ops it brings, and the inputs its ops are tested on.
+
+`cpu.py` holds one `KERNEL`, or None where the plain op serves; `build_ops` takes them all. `cases.py` holds `CASES` and `NAIVE`,
+which the contract tests run for every folder they find.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CpuKernel:
+    """One C++ source and the ops it registers.
+
+    `source` is a file that `build.py` includes in the one translation unit of the library. `ops` maps the qualified name of
+    each Python op it replaces to the C++ function that `OXFUSE_OP` registers under that name and the library's tag.
+    """
+
+    source: Path
+    ops: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.ops if not re.fullmatch(r"oxfuse::[a-z_][a-z0-9_]*", name)]
+        if wrong or not self.ops:
+            raise ValueError(f"{self.source.name} declares ops {sorted(self.ops)}; each must be named oxfuse::<op>, one at least.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpCase:
+    """One call of an op: `args(dtype)` makes the same inputs anew each time, floating ones in `dtype`, which may be float64.
+
+    `op` is the qualified name; `mutated` lists the arguments that the op changes.
+    """
+
+    name: str
+    op: str
+    args: Callable[[torch.dtype], tuple[Any, ...]]
+    mutated: tuple[int, ...] = ()

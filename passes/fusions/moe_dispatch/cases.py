@@ -1,0 +1,129 @@
+"""Inputs for the contract tests of `moe_dispatch`, and its meaning once more, as a plain loop over tokens and their experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oxfuse.passes.fusions.contract import OpCase
+
+OP = "oxfuse::moe_dispatch"
+ALPHA, LIMIT = 1.702, 7.0
+
+
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    hidden: int,
+    width: int,
+    experts: int,
+    top_k: int,
+    *,
+    mxfp4: bool = False,
+    scales: tuple[int, int] = (119, 125),
+    bias: Callable[[Tensor], Tensor] = lambda bias: bias,
+    spread: float = 1.0,
+) -> OpCase:
+    def args(dtype: torch.dtype) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        def weight(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+            if not mxfp4:
+                return random(experts, rows, columns).mul(columns**-0.5).to(dtype), None
+            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+            return blocks, torch.randint(*scales, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+
+        x, router, router_bias = random(*shape, hidden) * spread, random(experts, hidden), bias(random(experts))
+        first, second = weight(2 * width, hidden), weight(hidden, width)
+        biases = (random(experts, size).to(dtype) for size in (2 * width, hidden))
+        return (
+            *(x.to(dtype), router.to(dtype), router_bias.to(dtype)),
+            *(*first, next(biases), *second, next(biases)),
+            *(top_k, ALPHA, LIMIT),
+        )
+
+    return OpCase(name=name, op=OP, args=args)
+
+
+def _e2m1(code: int) -> float:
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    return (-1.0) ** sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+
+
+def _rows(weight: Tensor, scales: Tensor | None) -> Tensor:
+    """One expert's matrix in float64, [rows, columns]; MXFP4 byte by byte."""
+    if scales is None:
+        return weight.to(torch.float64)
+    rows = []
+    for blocks, row_scales in zip(weight.tolist(), scales.tolist(), strict=True):
+        row: list[float] = []
+        for block, scale in zip(blocks, row_scales, strict=True):
+            for byte in block:
+                row += [math.ldexp(_e2m1(byte & 15), scale - 127), math.ldexp(_e2m1(byte >> 4), scale - 127)]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _naive(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_bias: Tensor,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    first, second = ([_rows(w[e], None if s is None else s[e]) for e in range(len(w))] for w, s in ((gate_up, gate_up_scales), (down, down_scales)))
+    for token, result in zip(x.reshape(-1, x.shape[-1]).double(), out.view(-1, x.shape[-1]), strict=True):
+        logits = [float(row @ token + b) for row, b in zip(router_weight.double(), router_bias.double(), strict=True)]
+        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
+        total = math.fsum(math.exp(logits[e]) for e in chosen)
+        for e in chosen:
+            pre = (first[e] @ token + gate_up_bias[e].double()).tolist()
+            pairs = [(min(pre[2 * i], limit), max(-limit, min(pre[2 * i + 1], limit))) for i in range(len(pre) // 2)]
+            hidden = [(up + 1) * gate / (1 + math.exp(-alpha * gate)) for gate, up in pairs]
+            y = second[e] @ torch.tensor(hidden, dtype=torch.float64) + down_bias[e].double()
+            result += math.exp(logits[e]) / total * y
+    return out
+
+
+def _one_expert(bias: Tensor) -> Tensor:
+    return bias.index_fill(0, torch.tensor([1]), 100.0)
+
+
+def _empty_expert(bias: Tensor) -> Tensor:
+    return bias.index_fill(0, torch.tensor([0, 2]), -100.0)
+
+
+CASES = (
+    _case("one token", (1,), 48, 40, 6, 3),
+    _case("odd sizes", (5,), 19, 11, 5, 2),
+    _case("smaller than a vector", (3,), 3, 1, 2, 1),
+    _case("all experts chosen", (4,), 16, 16, 3, 3),
+    _case("one expert", (9,), 20, 8, 1, 1),
+    _case("leading dims", (2, 3), 32, 24, 4, 2),
+    _case("empty experts", (30,), 32, 24, 5, 2, bias=_empty_expert),
+    _case("all tokens on one expert", (150,), 34, 18, 3, 1, bias=_one_expert),
+    _case("clamped", (6,), 32, 32, 4, 2, spread=20.0),
+    _case("longer than a chunk", (13,), 520, 10, 3, 2),
+    _case("many tokens", (160,), 96, 64, 8, 4),
+    _case("mxfp4, one token", (1,), 64, 32, 4, 2, mxfp4=True),
+    _case("mxfp4, two blocks", (7,), 32, 64, 5, 3, mxfp4=True),
+    _case("mxfp4, longer than a chunk", (12,), 544, 32, 3, 2, mxfp4=True),
+    _case("mxfp4, smallest scales", (5,), 32, 32, 3, 2, mxfp4=True, scales=(0, 4)),
+    _case("mxfp4, all tokens on one expert", (140,), 32, 32, 3, 1, mxfp4=True, bias=_one_expert),
+)
+NAIVE = {OP: _naive}

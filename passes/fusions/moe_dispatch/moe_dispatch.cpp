@@ -1,0 +1,289 @@
+// oxfuse::moe_dispatch on the CPU: router, experts (float32, bfloat16 or MXFP4) and combination; its meaning is in reference.py.
+//
+// Tokens are grouped by expert. Threads share the rows of the weights, not the experts, so skewed routing costs nothing. Where a
+// register tile of rows serves more tokens than fit the registers, it is decoded to float32 once for up to BATCH of them.
+// Activations are float32 from the input to the one rounding at the end.
+#include "../ops.h"
+
+namespace oxfuse {
+
+constexpr int BATCH = 128;          // tokens that share one decoded tile; their accumulators take 48 KB
+constexpr int64_t CHUNK = 512;      // values of a row that are decoded at a time: NR rows of them stay in the first-level cache
+constexpr int64_t STEP_BYTES = 128 << 20;  // bound of the hidden values and outputs of the routed rows held at once
+constexpr int64_t GRAIN = 65536;    // multiplications below which a thread is not worth waking
+
+static int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// The weights of all experts, [E, rows, length]; `tile(e, row)` gives NR rows, repeating the last one past the end.
+template <class T>
+struct DenseExperts {
+  using Tile = Dense<T>;
+  static int64_t place(int64_t k) { return k; }
+  const T* values;
+  int64_t rows, length;
+  Tile tile(int64_t expert, int64_t row) const {
+    Tile out;
+    for (int r = 0; r < NR; ++r) out.row[r] = values + (expert * rows + std::min(row + r, rows - 1)) * length;
+    return out;
+  }
+};
+
+struct Mxfp4Experts {
+  using Tile = Mxfp4;
+  static int64_t place(int64_t k) { return interleaved(k); }
+  const uint8_t *values, *scales;
+  int64_t rows, length;
+  const float* power;
+  Tile tile(int64_t expert, int64_t row) const {
+    Tile out;
+    out.power = power;
+    for (int r = 0; r < NR; ++r) {
+      const int64_t at = expert * rows + std::min(row + r, rows - 1);
+      out.row[r] = values + at * (length / 2);
+      out.scale[r] = scales + at * (length / 32);
+    }
+    return out;
+  }
+};
+
+// Buffers of one thread.
+struct Scratch {
+  std::unique_ptr<Floats[]> acc{new Floats[BATCH * NR]};
+  std::unique_ptr<float[]> decoded{new float[NR * CHUNK]};
+  float tile[BATCH * NR];  // [m][r]: what `product` leaves
+};
+
+// scratch.tile[m][r] = x[m] . row r, for m <= BATCH rows of x that are padded with zeros to whole vectors.
+template <class W>
+static void product(const W& w, const float* const* x, int m, int64_t length, Scratch& scratch) {
+  if (m <= MR) {
+    Floats acc[MR * NR];
+    dot_rows(w, x, m, length, acc);
+    for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(acc[i]);
+    return;
+  }
+  std::fill_n(scratch.acc.get(), m * NR, Floats{});
+  Dense<float> decoded;
+  for (int r = 0; r < NR; ++r) decoded.row[r] = scratch.decoded.get() + r * CHUNK;
+  for (int64_t begin = 0; begin < length; begin += CHUNK) {
+    const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, LANES);
+    for (int r = 0; r < NR; ++r) {
+      float* out = scratch.decoded.get() + r * CHUNK;
+      constexpr int WIDTH = W::STEP * LANES;
+      Floats vectors[W::STEP];
+      int64_t k = 0;
+      for (; k + WIDTH <= count; k += WIDTH) {
+        w.vectors(r, begin + k, vectors);
+        std::memcpy(out + k, vectors, sizeof(vectors));
+      }
+      if constexpr (W::STEP == 1) {
+        if (k < count) store(out + k, load(w.row[r] + begin + k, count - k));
+      }
+    }
+    for (int i = 0; i < m; i += MR) {
+      const float* rows[MR];
+      const int some = std::min(MR, m - i);
+      for (int j = 0; j < some; ++j) rows[j] = x[i + j] + begin;
+      advance_rows(decoded, rows, some, 0, padded, scratch.acc.get() + i * NR);
+    }
+  }
+  for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(scratch.acc[i]);
+}
+
+// hidden[i] = SwiGLU of the clamped pair (tile[2 * i], tile[2 * i + 1]).
+static void activate(const float* tile, int64_t pairs, float alpha, float limit, float* hidden) {
+  for (int64_t i = 0; i < pairs; i += LANES) {
+    const int64_t part = std::min<int64_t>(LANES, pairs - i);
+    float gates[LANES] = {}, ups[LANES] = {};
+    for (int64_t j = 0; j < part; ++j) gates[j] = tile[2 * (i + j)], ups[j] = tile[2 * (i + j) + 1];
+    Floats gate = load(gates), up = load(ups);
+    gate = gate > limit ? splat(limit) : gate;  // in this form NaN stays NaN
+    up = up > limit ? splat(limit) : up;
+    up = up < -limit ? splat(-limit) : up;
+    const Floats value = (up + 1.f) * gate / (1.f + exp(-alpha * gate));
+    std::memcpy(hidden + i, &value, part * sizeof(float));
+  }
+}
+
+// The routed rows of one step, sorted by expert; `order` is stable, so an expert sees its tokens in their order.
+struct Routing {
+  std::vector<float> weight;   // [T * k]
+  std::vector<int64_t> row;    // [T * k]: place of (token, j) in the sorted rows
+  std::vector<int64_t> token;  // [T * k]: token of a sorted row
+  std::vector<int64_t> begin;  // [E + 1]: first sorted row of each expert
+};
+
+// Picks the k largest logits, the lower expert first where two are equal, and their softmax.
+static void choose(const float* logits, int64_t experts, int64_t k, int64_t* chosen, float* weight) {
+  for (int64_t j = 0; j < k; ++j) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      const bool taken = std::find(chosen, chosen + j, e) != chosen + j;
+      if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    chosen[j] = best;
+  }
+  float total = 0;
+  for (int64_t j = 0; j < k; ++j) total += weight[j] = std::exp(logits[chosen[j]] - logits[chosen[0]]);
+  for (int64_t j = 0; j < k; ++j) weight[j] /= total;
+}
+
+template <class T>
+static Routing route(const float* const* x, int64_t tokens, const T* router, const std::vector<float>& bias, int64_t hidden, int64_t k) {
+  const int64_t experts = bias.size();
+  Routing out;
+  out.weight.resize(tokens * k);
+  out.row.resize(tokens * k);
+  out.token.resize(tokens * k);
+  out.begin.assign(experts + 1, 0);
+  std::vector<int64_t> chosen(tokens * k);
+  const DenseExperts<T> rows{router, experts, hidden};
+  parallel_for(0, tokens, 1 + GRAIN / (experts * hidden), [&](int64_t first, int64_t last) {
+    Scratch scratch;
+    std::vector<float> logits(BATCH * experts);
+    for (int64_t t = first; t < last; t += BATCH) {
+      const int some = static_cast<int>(std::min<int64_t>(BATCH, last - t));
+      for (int64_t e = 0; e < experts; e += NR) {
+        product(rows.tile(0, e), x + t, some, hidden, scratch);
+        for (int i = 0; i < some; ++i)
+          for (int64_t r = 0; r < NR && e + r < experts; ++r) logits[i * experts + e + r] = scratch.tile[i * NR + r] + bias[e + r];
+      }
+      for (int i = 0; i < some; ++i) choose(&logits[i * experts], experts, k, &chosen[(t + i) * k], &out.weight[(t + i) * k]);
+    }
+  });
+  for (int64_t e : chosen) ++out.begin[e + 1];
+  for (int64_t e = 0; e < experts; ++e) out.begin[e + 1] += out.begin[e];
+  std::vector<int64_t> next(out.begin.begin(), out.begin.end() - 1);
+  for (int64_t i = 0; i < tokens * k; ++i) out.token[out.row[i] = next[chosen[i]]++] = i / k;
+  return out;
+}
+
+// Calls out(e, first sorted row, count, first weight row, tile) for all products of the routed rows x with the rows of their experts.
+template <class W, class Out>
+static void for_each_product(const W& weights, const Routing& routing, const std::vector<const float*>& x, Out&& out) {
+  const int64_t experts = routing.begin.size() - 1, tiles = round_up(weights.rows, NR) / NR;
+  const int64_t cost = routing.begin[experts] * NR * weights.length;
+  parallel_for(0, tiles, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
+    Scratch scratch;
+    for (int64_t e = 0; e < experts; ++e)
+      for (int64_t m = routing.begin[e]; m < routing.begin[e + 1]; m += BATCH) {
+        const int some = static_cast<int>(std::min<int64_t>(BATCH, routing.begin[e + 1] - m));
+        for (int64_t tile = first; tile < last; ++tile) {
+          product(weights.tile(e, tile * NR), &x[m], some, weights.length, scratch);
+          out(e, m, some, tile * NR, scratch.tile);
+        }
+      }
+  });
+}
+
+// One step of at most as many tokens as STEP_BYTES allows. x: rows of float32 in the order of `W::place`, padded.
+template <class T, class W>
+static void run_experts(const Routing& routing, const std::vector<const float*>& x, const W& gate_up, const std::vector<float>& gate_up_bias,
+                        const W& down, const std::vector<float>& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
+  const int64_t rows = tokens * k, width = gate_up.rows / 2, stride = round_up(width, 32), hidden = down.rows;
+  std::unique_ptr<float[]> inner(new float[rows * stride]), outer(new float[rows * hidden]);
+  for (int64_t row = 0; row < rows; ++row) std::fill(&inner[row * stride] + width, &inner[row * stride] + stride, 0.f);
+  std::vector<const float*> sources(rows), inners(rows);
+  for (int64_t row = 0; row < rows; ++row) sources[row] = x[routing.token[row]], inners[row] = &inner[row * stride];
+
+  for_each_product(gate_up, routing, sources, [&](int64_t e, int64_t m, int count, int64_t first, float* tile) {
+    float values[BATCH * NR / 2];
+    for (int i = 0; i < count; ++i)
+      for (int64_t r = 0; r < NR && first + r < 2 * width; ++r) tile[i * NR + r] += gate_up_bias[e * 2 * width + first + r];
+    activate(tile, count * NR / 2, alpha, limit, values);
+    for (int i = 0; i < count; ++i)
+      for (int64_t r = 0; r < NR / 2 && first / 2 + r < width; ++r)
+        inner[(m + i) * stride + W::place(first / 2 + r)] = values[i * NR / 2 + r];
+  });
+  for_each_product(down, routing, inners, [&](int64_t e, int64_t m, int count, int64_t first, float* tile) {
+    for (int i = 0; i < count; ++i)
+      for (int64_t r = 0; r < NR && first + r < hidden; ++r)
+        outer[(m + i) * hidden + first + r] = tile[i * NR + r] + down_bias[e * hidden + first + r];
+  });
+  parallel_for(0, tokens, 1 + GRAIN / (k * hidden), [&](int64_t first, int64_t last) {
+    std::vector<float> total(hidden);
+    for (int64_t t = first; t < last; ++t) {
+      std::fill(total.begin(), total.end(), 0.f);
+      for (int64_t j = 0; j < k; ++j) {
+        const float weight = routing.weight[t * k + j], *row = &outer[routing.row[t * k + j] * hidden];
+#pragma omp simd
+        for (int64_t i = 0; i < hidden; ++i) total[i] += weight * row[i];
+      }
+      for (int64_t i = 0; i < hidden; ++i) out[t * hidden + i] = narrow<T>(total[i]);
+    }
+  });
+}
+
+static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const Tensor& router_bias, const Tensor& gate_up,
+                           const std::optional<Tensor>& gate_up_scales, const Tensor& gate_up_bias, const Tensor& down,
+                           const std::optional<Tensor>& down_scales, const Tensor& down_bias, int64_t top_k, double alpha, double limit) {
+  const int64_t experts = router_weight.size(0), hidden = router_weight.size(1), width = gate_up_bias.size(1) / 2;
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == hidden, "oxfuse: x must end in the router's ", hidden, " features");
+  STD_TORCH_CHECK(1 <= top_k && top_k <= experts, "oxfuse: top_k ", top_k, " of ", experts, " experts");
+  STD_TORCH_CHECK(gate_up_scales.has_value() == down_scales.has_value(), "oxfuse: both or neither of gate_up and down are MXFP4");
+  check_shape("router_bias", router_bias, {experts});
+  check_shape("gate_up_bias", gate_up_bias, {experts, 2 * width});
+  check_shape("down_bias", down_bias, {experts, hidden});
+  if (gate_up_scales) {
+    check_shape("gate_up", gate_up, {experts, 2 * width, hidden / 32, 16});
+    check_shape("gate_up_scales", *gate_up_scales, {experts, 2 * width, hidden / 32});
+    check_shape("down", down, {experts, hidden, width / 32, 16});
+    check_shape("down_scales", *down_scales, {experts, hidden, width / 32});
+    STD_TORCH_CHECK(hidden % 32 == 0 && width % 32 == 0, "oxfuse: MXFP4 needs sizes that 32 divides, found ", hidden, " and ", width);
+    for (const Tensor* bytes : {&gate_up, &*gate_up_scales, &down, &*down_scales}) check_dtype("an MXFP4 tensor", *bytes, ScalarType::Byte);
+  } else {
+    check_shape("gate_up", gate_up, {experts, 2 * width, hidden});
+    check_shape("down", down, {experts, hidden, width});
+    check_dtype("gate_up", gate_up, x.scalar_type());
+    check_dtype("down", down, x.scalar_type());
+  }
+  check_dtype("router_weight", router_weight, x.scalar_type());
+  // Weights are mapped files: a silent copy would cost their size in memory.
+  STD_TORCH_CHECK(gate_up.is_contiguous() && down.is_contiguous() && router_weight.is_contiguous() &&
+                      (!gate_up_scales || (gate_up_scales->is_contiguous() && down_scales->is_contiguous())),
+                  "oxfuse: weights must be contiguous");
+
+  const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
+  const std::vector<float> router_b = floats("router_bias", router_bias), gate_up_b = floats("gate_up_bias", gate_up_bias),
+                           down_b = floats("down_bias", down_bias);
+  const int64_t tokens = hidden ? x.numel() / hidden : 0, stride = round_up(hidden, 32);
+  const int64_t step = std::max<int64_t>(1, STEP_BYTES / (4 * top_k * (width + hidden)));
+  with_type("x", x, [&](auto type) {
+    using T = decltype(type);
+    const T* router = data<T>(router_weight);
+    std::unique_ptr<float[]> natural(new float[std::min(step, tokens) * stride]), placed;
+    if (gate_up_scales) placed.reset(new float[std::min(step, tokens) * stride]);
+    for (int64_t begin = 0; begin < tokens; begin += step) {
+      const int64_t count = std::min(step, tokens - begin);
+      std::vector<const float*> rows(count), routed(count);
+      for (int64_t t = 0; t < count; ++t) {
+        float *row = &natural[t * stride], *other = placed ? &placed[t * stride] : row;
+        const T* source = data<T>(x_in) + (begin + t) * hidden;
+        for (int64_t i = 0; i < hidden; ++i) row[i] = widen(source[i]);
+        std::fill(row + hidden, row + stride, 0.f);
+        if (placed)
+          for (int64_t i = 0; i < hidden; ++i) other[interleaved(i)] = row[i];
+        rows[t] = row, routed[t] = other;
+      }
+      const Routing routing = route(rows.data(), count, router, router_b, hidden, top_k);
+      T* result = static_cast<T*>(out.data_ptr()) + begin * hidden;
+      const auto run = [&](const auto& first, const auto& second) {
+        run_experts(routing, routed, first, gate_up_b, second, down_b, count, top_k, static_cast<float>(alpha), static_cast<float>(limit), result);
+      };
+      if (gate_up_scales) {
+        static const Powers powers;
+        run(Mxfp4Experts{data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), 2 * width, hidden, powers.of},
+            Mxfp4Experts{data<uint8_t>(down), data<uint8_t>(*down_scales), hidden, width, powers.of});
+      } else {
+        run(DenseExperts<T>{data<T>(gate_up), 2 * width, hidden}, DenseExperts<T>{data<T>(down), hidden, width});
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace oxfuse
+
+OXFUSE_OP(moe_dispatch,
+          "(Tensor x, Tensor router_weight, Tensor router_bias, Tensor gate_up, Tensor? gate_up_scales, Tensor gate_up_bias, Tensor down, "
+          "Tensor? down_scales, Tensor down_bias, int top_k, float alpha, float limit) -> Tensor")

@@ -1,0 +1,150 @@
+"""Inputs for the contract tests of the attention ops, and their meaning once more, as plain loops.
+
+Paged caches are NaN wherever no token of the step may look: unwritten slots, block 0, keys older than the window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oxfuse.passes.fusions.contract import OpCase
+
+DENSE, PAGED = "oxfuse::sink_attention_dense", "oxfuse::sink_attention"
+
+
+def _dense(name: str, batch: int, length: int, heads: int, kv: int, dim: int, window: int, *, sink: bool = True, strided: bool = False) -> OpCase:
+    def args(dtype: torch.dtype) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(batch, length, n, dim, generator=generator).to(dtype) for n in (heads, kv, kv))
+        if strided:
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        return q, k, v, torch.randn(heads, generator=generator).to(dtype) if sink else None, window, dim**-0.5
+
+    return OpCase(name=name, op=DENSE, args=args)
+
+
+def _paged(
+    name: str,
+    sequences: Sequence[tuple[int, int]],
+    heads: int,
+    kv: int,
+    dim: int,
+    window: int,
+    *,
+    block_size: int = 4,
+    sink: bool = True,
+    padding: int = 0,
+    strided: bool = False,
+) -> OpCase:
+    """`sequences`: keys before the step and new tokens of each; (0, 0) is an empty one. `padding` tokens belong to none."""
+
+    def args(dtype: torch.dtype) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(0)
+        tokens = sum(new for _, new in sequences) + padding
+        q, k, v = (torch.randn(tokens, n, dim, generator=generator).to(dtype) for n in (heads, kv, kv))
+        if strided:
+            q, k, v = (torch.cat([x, x], -1)[..., :dim] for x in (q, k, v))
+        columns = max(-(-(past + new) // block_size) for past, new in sequences) + 1
+        table = torch.zeros(len(sequences), columns, dtype=torch.int64)
+        blocks = (torch.randperm(len(sequences) * columns, generator=generator) + 1).view_as(table)
+        caches = [torch.full((1 + table.numel(), block_size, kv, dim), torch.nan, dtype=dtype) for _ in "kv"]
+        slots: list[int] = []
+        for n, (past, new) in enumerate(sequences):
+            oldest = max(0, past - window + 1) if window else 0
+            for key in range(oldest, past + new):
+                block, offset = int(blocks[n, key // block_size]), key % block_size
+                table[n, key // block_size] = block
+                if key >= past:
+                    slots.append(block * block_size + offset)
+                else:
+                    for cache in caches:
+                        cache[block, offset] = torch.randn(kv, dim, generator=generator).to(dtype)
+        starts = torch.tensor([0, *(new for _, new in sequences)]).cumsum(0)
+        lengths = torch.tensor([past + new for past, new in sequences])
+        weights = torch.randn(heads, generator=generator).to(dtype) if sink else None
+        return q, k, v, weights, *caches, starts, lengths, torch.tensor(slots + [-1] * padding), table, window, dim**-0.5
+
+    return OpCase(name=name, op=PAGED, args=args, mutated=(4, 5))
+
+
+def _attend(query: list[float], keys: list[list[float]], values: list[list[float]], sink: float | None, scale: float) -> Tensor:
+    scores = [math.fsum(a * b for a, b in zip(query, key, strict=True)) * scale for key in keys]
+    top = max(scores + ([] if sink is None else [sink]), default=0.0)
+    weights = [math.exp(score - top) for score in scores]
+    total = math.fsum(weights) + (0.0 if sink is None else math.exp(sink - top))
+    columns = ([value[d] for value in values] for d in range(len(query)))
+    result = [math.fsum(w * x for w, x in zip(weights, column, strict=True)) / (total or 1.0) for column in columns]
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def _naive_dense(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, window: int, scale: float) -> Tensor:
+    out, group = torch.zeros(q.shape, dtype=torch.float64), q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            keys = [j for j in range(i + 1) if not window or j > i - window]
+            for h in range(q.shape[2]):
+                column = [[x[b, j, h // group].tolist() for j in keys] for x in (k, v)]
+                out[b, i, h] = _attend(q[b, i, h].tolist(), *column, None if sink is None else float(sink[h]), scale)
+    return out
+
+
+def _naive_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    block_size, group = k_cache.shape[1], q.shape[1] // k.shape[1]
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            k_cache[slot // block_size, slot % block_size] = k[t]
+            v_cache[slot // block_size, slot % block_size] = v[t]
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for n, length in enumerate(kv_lens.tolist()):
+        start, end = query_start[n : n + 2].tolist()
+        for t in range(start, end):
+            i = length - (end - t)
+            keys = [j for j in range(i + 1) if not window or j > i - window]
+            for h in range(q.shape[1]):
+                column = [[cache[block_table[n, j // block_size], j % block_size, h // group].tolist() for j in keys] for cache in (k_cache, v_cache)]
+                out[t, h] = _attend(q[t, h].tolist(), *column, None if sink is None else float(sink[h]), scale)
+    return out
+
+
+CASES = (
+    _dense("one token", 1, 1, 4, 2, 16, 0),
+    _dense("full", 2, 9, 6, 2, 8, 0),
+    _dense("window", 1, 13, 4, 1, 8, 5),
+    _dense("window of one", 1, 4, 2, 2, 8, 1, sink=False),
+    _dense("strided, no sink", 2, 7, 4, 4, 6, 3, sink=False, strided=True),
+    _paged("one token, nothing before", [(0, 1)], 4, 2, 16, 0),
+    _paged("decode", [(11, 1)], 4, 2, 16, 0),
+    _paged("decode in a window", [(11, 1)], 4, 2, 16, 5),
+    _paged("window of one", [(6, 3)], 4, 2, 8, 1),
+    _paged("prefill around the window", [(0, 6), (0, 7), (0, 8)], 2, 1, 8, 7),
+    _paged("keys around the window", [(5, 1), (6, 1), (7, 1), (8, 1), (20, 2)], 2, 1, 8, 7),
+    _paged("chunks around the window", [(5, 4), (7, 7), (13, 3)], 6, 2, 12, 7, sink=False),
+    _paged("odd sizes, no grouping", [(3, 5), (0, 2)], 3, 3, 5, 0, block_size=3),
+    _paged("group of five", [(9, 2), (1, 1)], 10, 2, 20, 0, block_size=1),
+    _paged("group of eight", [(70, 1), (3, 1)], 8, 1, 64, 0, block_size=16, sink=False),
+    _paged("an empty sequence and one without new tokens", [(4, 2), (0, 0), (9, 0), (2, 3)], 4, 2, 8, 4),
+    _paged("only an empty sequence", [(0, 0)], 4, 2, 8, 4, padding=2),
+    _paged("padding", [(4, 2), (0, 3)], 4, 2, 8, 0, padding=3),
+    _paged("strided", [(4, 2), (0, 3)], 4, 2, 8, 0, strided=True),
+    _paged("longer than a tile", [(118, 6), (59, 1), (60, 1), (61, 1)], 4, 2, 16, 0, block_size=8),
+    _paged("window longer than a tile", [(150, 4), (0, 90)], 4, 2, 16, 77, block_size=16),
+)
+NAIVE = {DENSE: _naive_dense, PAGED: _naive_paged}

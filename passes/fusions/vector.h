@@ -1,0 +1,219 @@
+// Vectors of float32 of the compiled ISA's width, and the two products that the ops are made of.
+//
+// GCC's vector extension makes the code the same for AVX2, AVX-512 and anything else. Every sum is taken in an order that depends
+// on nothing but its length, so a row's result is the same alone and in a batch, and for any number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace oxfuse {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+constexpr int MR = 4;  // rows of x in one register tile; MR * NR accumulators, MR values and one weight fill the registers
+#else
+constexpr int LANES = 8;
+constexpr int MR = 2;
+#endif
+constexpr int NR = 6;  // rows of weights in one register tile; even, since gate and up alternate
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+template <class T>
+T narrow(float x);
+template <>
+inline float narrow<float>(float x) { return x; }
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {  // to nearest even, as torch does
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {static_cast<uint16_t>(0x7fc0)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats load(const float* x) {
+  Floats out;
+  std::memcpy(&out, x, sizeof(out));
+  return out;
+}
+inline Floats load(const bfloat16* x) {
+  Halves halves;
+  std::memcpy(&halves, x, sizeof(halves));
+  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
+}
+// The first `count` values, then zeros: never reads past them.
+template <class T>
+Floats load(const T* x, int64_t count) {
+  T part[LANES] = {};
+  std::memcpy(part, x, count * sizeof(T));
+  return load(part);
+}
+inline void store(float* out, Floats x) { std::memcpy(out, &x, sizeof(x)); }
+
+// `-0.0 + x` is x for every x, so the tree needs no special first step.
+inline float sum(Floats x) {
+  typedef float Half __attribute__((vector_size(LANES * 2)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half parts[2];
+  std::memcpy(parts, &x, sizeof(x));
+  const Half half = parts[0] + parts[1];
+  Quarter four[LANES / 8];
+  std::memcpy(four, &half, sizeof(half));
+  Quarter total = four[0];
+  for (int i = 1; i < LANES / 8; ++i) total += four[i];
+  return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+// e^x within 2 units in the last place; 0 below -87.3, 2.4e38 above 88.3, NaN stays NaN.
+inline Floats exp(Floats x) {
+  const Floats inside = x > 88.3f ? splat(88.3f) : x;
+  const Floats magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const Floats rounded = inside * 1.44269504f + magic;
+  const Floats n = rounded - magic;
+  const Floats f = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats y = splat(1.3888889e-3f);
+  y = y * f + 8.3333333e-3f;
+  y = y * f + 4.1666667e-2f;
+  y = y * f + 1.6666667e-1f;
+  y = y * f + 0.5f;
+  y = y * f + 1.f;
+  y = y * f + 1.f;
+  const Floats power = (Floats)(((Bits)rounded + 127) << 23);
+  return x < -87.3f ? Floats{} : y * power;
+}
+
+// Weights of a register tile, row by row: `vectors(r, k, out)` gives the STEP vectors that stand for the values from k on.
+template <class T>
+struct Dense {
+  static constexpr int STEP = 1;
+  const T* row[NR];
+  void vectors(int r, int64_t k, Floats* out) const { out[0] = load(row[r] + k); }
+};
+
+// MXFP4: 32 values in 16 bytes and one scale. The values come out in the order of the nibbles, first all low ones (even k), then
+// all high ones, which `interleaved` gives the other factor, too.
+struct Mxfp4 {
+  static constexpr int STEP = 32 / LANES;
+  const uint8_t* row[NR];
+  const uint8_t* scale[NR];
+  const float* power;  // [256]: 2^(byte - 128), half of what the byte means, for the table below holds doubled values
+  void vectors(int r, int64_t k, Floats* out) const {
+    const float factor = power[scale[r][k / 32]];
+#if defined(__AVX512F__) || defined(__AVX2__)
+    const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), mask = _mm_set1_epi8(15);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + k / 2));
+    const __m128i low = _mm_shuffle_epi8(table, _mm_and_si128(bytes, mask));
+    const __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
+#ifdef __AVX512F__
+    out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)) * factor;
+    out[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)) * factor;
+#else
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)) * factor;
+    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(low, 8))) * factor;
+    out[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)) * factor;
+    out[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8))) * factor;
+#endif
+#else
+    constexpr float table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    float values[32];
+    for (int i = 0; i < 16; ++i) {
+      const uint8_t byte = row[r][k / 2 + i];
+      values[i] = table[byte & 15] * factor, values[16 + i] = table[byte >> 4] * factor;
+    }
+    std::memcpy(out, values, sizeof(values));
+#endif
+  }
+};
+
+struct Powers {
+  float of[256];
+  Powers() {
+    for (int byte = 0; byte < 256; ++byte) of[byte] = std::ldexp(1.f, byte - 128);
+  }
+};
+
+// Where value k of a row lies in the order of `Mxfp4`.
+inline int64_t interleaved(int64_t k) { return (k & ~int64_t{31}) + (k & 31) / 2 + (k & 1) * 16; }
+
+// acc[m * NR + r] += x[m] . row r over the values [begin, begin + length), a multiple of a step, for M rows of x.
+template <int M, class W>
+__attribute__((noinline)) void advance_steps(const W& w, const float* const* x, int64_t begin, int64_t length, Floats* acc) {
+  Floats local[M][NR];
+  const float* rows[M];
+#pragma GCC unroll 24
+  for (int i = 0; i < M * NR; ++i) local[i / NR][i % NR] = acc[i];
+  for (int m = 0; m < M; ++m) rows[m] = x[m] + begin;
+  for (int64_t k = 0; k < length; k += W::STEP * LANES) {
+    Floats values[M][W::STEP];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int i = 0; i < W::STEP; ++i) values[m][i] = load(rows[m] + k + i * LANES);
+#pragma GCC unroll 6
+    for (int r = 0; r < NR; ++r) {
+      Floats weight[W::STEP];
+      w.vectors(r, begin + k, weight);
+#pragma GCC unroll 4
+      for (int i = 0; i < W::STEP; ++i)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) local[m][r] += values[m][i] * weight[i];
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < M * NR; ++i) acc[i] = local[i / NR][i % NR];
+}
+
+template <class W>
+void advance_rows(const W& w, const float* const* x, int m, int64_t begin, int64_t length, Floats* acc) {
+  if (m == 1) advance_steps<1>(w, x, begin, length, acc);
+  if (m == 2) advance_steps<2>(w, x, begin, length, acc);
+  if constexpr (MR > 2) {
+    if (m == 3) advance_steps<3>(w, x, begin, length, acc);
+    if (m == 4) advance_steps<4>(w, x, begin, length, acc);
+  }
+}
+
+// acc[m * NR + r] = x[m] . row r for m <= MR rows of x, which are padded with zeros to whole vectors; `sum` it.
+template <class W>
+void dot_rows(const W& w, const float* const* x, int m, int64_t length, Floats* acc) {
+  const int64_t whole = length - length % (W::STEP * LANES);
+  std::fill_n(acc, m * NR, Floats{});
+  advance_rows(w, x, m, 0, whole, acc);
+  if constexpr (W::STEP == 1) {  // MXFP4 rows are whole blocks
+    if (whole == length) return;
+    float ends[NR][LANES], *starts = ends[0];
+    Dense<float> rest;
+    const float* places[MR];
+    for (int r = 0; r < NR; ++r) {
+      store(ends[r], load(w.row[r] + whole, length - whole));
+      rest.row[r] = starts + r * LANES;
+    }
+    for (int i = 0; i < m; ++i) places[i] = x[i] + whole;
+    advance_rows(rest, places, m, 0, LANES, acc);
+  }
+}
+
+}  // namespace oxfuse

@@ -1,0 +1,137 @@
+"""Places boxes in ranks, one below the other, so that few edges cross and most run straight down.
+
+In: the boxes' sizes and ranks, and edges that lead from a lower rank to a higher one. Out: coordinates of boxes and bends of
+edges. The method is Sugiyama's (1981): an edge over several ranks gets a bend in each, ranks are ordered by barycentres, and
+positions are the least-squares fit to the neighbours' that leaves no overlap. No model and no graph library is known here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SWEEPS = 48
+STRAIGHT = 8.0  # how much more a bend follows a bend than a box
+COLUMN_GAP, RANK_GAP = 18.0, 30.0
+BEND = 10.0  # room that a passing edge gets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """`left` and `top` of each box, the points of each edge from its source's bottom to its target's top, and the picture's size.
+
+    `ranks` gives top and bottom of each rank.
+    """
+
+    left: list[float]
+    top: list[float]
+    routes: list[list[tuple[float, float]]]
+    ranks: list[tuple[float, float]]
+    width: float
+    height: float
+
+
+def place(
+    sizes: Sequence[tuple[float, float]], ranks: Sequence[int], edges: Sequence[tuple[int, int]], extra: Sequence[float] = ()
+) -> Placement:
+    """Place boxes of `sizes` (width, height). `extra[r]` is space above rank r, for a heading; missing entries are 0."""
+    count = max(ranks, default=-1) + 1
+    widths, levels, chains = [w for w, _ in sizes], list(ranks), list[list[int]]()
+    links: list[tuple[int, int]] = []
+    for source, target in edges:
+        assert ranks[source] < ranks[target], "edges lead down"
+        chain = [source]
+        for level in range(ranks[source] + 1, ranks[target]):
+            chain.append(len(widths))
+            widths.append(BEND)
+            levels.append(level)
+        chain.append(target)
+        chains.append(chain)
+        links += itertools.pairwise(chain)
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for item, level in enumerate(levels):
+        rows[level].append(item)
+    above: list[list[int]] = [[] for _ in widths]
+    below: list[list[int]] = [[] for _ in widths]
+    for a, b in links:
+        below[a].append(b)
+        above[b].append(a)
+    centre = _centres(rows, widths, above, below, len(sizes))
+    ranges = _rank_heights(rows, sizes, extra)
+    left_edge = min((centre[i] - widths[i] / 2 for i in range(len(widths))), default=0.0)
+    centre = [c - left_edge for c in centre]
+    top = [ranges[ranks[i]][0] + (ranges[ranks[i]][1] - ranges[ranks[i]][0] - h) / 2 for i, (_, h) in enumerate(sizes)]
+    routes = []
+    for chain in chains:
+        source, target = chain[0], chain[-1]
+        points = [(centre[source], top[source] + sizes[source][1])]
+        for bend in chain[1:-1]:
+            points += [(centre[bend], y) for y in ranges[levels[bend]]]
+        routes.append([*points, (centre[target], top[target])])
+    return Placement(
+        left=[centre[i] - w / 2 for i, (w, _) in enumerate(sizes)],
+        top=top,
+        routes=routes,
+        ranks=ranges,
+        width=max((centre[i] + widths[i] / 2 for i in range(len(widths))), default=0.0),
+        height=ranges[-1][1] if ranges else 0.0,
+    )
+
+
+def _rank_heights(
+    rows: list[list[int]], sizes: Sequence[tuple[float, float]], extra: Sequence[float]
+) -> list[tuple[float, float]]:
+    ranges, y = [], 0.0
+    for level, row in enumerate(rows):
+        y += extra[level] if level < len(extra) else 0.0
+        height = max((sizes[i][1] for i in row if i < len(sizes)), default=0.0)
+        ranges.append((y, y + height))
+        y += height + RANK_GAP
+    return ranges
+
+
+def _centres(
+    rows: list[list[int]], widths: list[float], above: list[list[int]], below: list[list[int]], boxes: int
+) -> list[float]:
+    """Order every rank and fit its positions, sweeping down and up in turn. Items from `boxes` on are bends."""
+    centre = [0.0] * len(widths)
+    for row in rows:
+        _fit(row, [0.0] * len(row), [1.0] * len(row), widths, centre)
+    for sweep in range(SWEEPS):
+        down = sweep % 2 == 0
+        neighbours = above if down else below
+        for row in rows if down else rows[::-1]:
+            order = sweep < SWEEPS // 2
+            wishes, weights = dict[int, float](), dict[int, float]()
+            for i in row:
+                # Once the order stands, both sides count.
+                near = neighbours[i] if order else above[i] + below[i]
+                # A bend keeps to its bends: long edges run straight, and boxes give way.
+                pulls = [(centre[n], STRAIGHT if i >= boxes and n >= boxes else 1.0) for n in near]
+                weights[i] = sum(w for _, w in pulls)
+                wishes[i] = sum(c * w for c, w in pulls) / weights[i] if pulls else centre[i]
+            if order:
+                row.sort(key=wishes.__getitem__)
+            _fit(row, [wishes[i] for i in row], [max(weights[i], 0.1) for i in row], widths, centre)
+    return centre
+
+
+def _fit(row: list[int], wishes: list[float], weights: list[float], widths: list[float], centre: list[float]) -> None:
+    """Write the positions nearest to `wishes` (least squares) that keep the row's order and gaps: pooled adjacent violators."""
+    offsets, offset = [], 0.0
+    for k, item in enumerate(row):
+        if k:
+            offset += (widths[row[k - 1]] + widths[item]) / 2 + COLUMN_GAP
+        offsets.append(offset)
+    pools: list[tuple[float, float, int]] = []  # weighted mean of (wish - offset), weight, members
+    for wish, weight, offset in zip(wishes, weights, offsets, strict=True):
+        mean, members = wish - offset, 1
+        while pools and pools[-1][0] > mean:
+            other, heavy, more = pools.pop()
+            mean, weight = (mean * weight + other * heavy) / (weight + heavy), weight + heavy
+            members += more
+        pools.append((mean, weight, members))
+    fitted = [mean for mean, _, members in pools for _ in range(members)]
+    for item, mean, offset in zip(row, fitted, offsets, strict=True):
+        centre[item] = mean + offset

@@ -1,0 +1,160 @@
+"""The block pool: which blocks of the paged caches are in use, by how many sequences, and the memory behind them.
+
+A cache group is a set of layers that share block tables. Each group numbers its own blocks; block 0 is never handed out,
+since it pads tables and stands for freed entries. Memory is reserved for all blocks and committed by the kernel page by page,
+as blocks are first written; low numbers are handed out first, so what was never needed is never committed.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.manifest import CacheSpec, Limits
+
+ALIGNMENT = 64
+MAP_NORESERVE = 0x4000
+"""Linux, every architecture that torch has wheels for; Python's mmap has no name for it before 3.13."""
+
+
+class BlockPool:
+    """Counted references to the blocks of one cache group, numbered from 1 to `blocks` - 1."""
+
+    def __init__(self, blocks: int) -> None:
+        """Make a pool with every block free. `blocks` counts block 0."""
+        self.blocks = blocks
+        self._references: dict[int, int] = {}
+        self._returned: list[int] = []
+        self._fresh = 1
+
+    @property
+    def free(self) -> int:
+        """Blocks that nobody holds."""
+        return self.blocks - 1 - len(self._references)
+
+    @property
+    def used(self) -> int:
+        """Blocks that somebody holds."""
+        return len(self._references)
+
+    def take(self, count: int) -> list[int]:
+        """Hand out `count` blocks, each with one reference. The caller has looked at `free`."""
+        assert count <= self.free, f"{count} blocks wanted, {self.free} free"
+        old = [self._returned.pop() for _ in range(min(count, len(self._returned)))]
+        taken = old + list(range(self._fresh, self._fresh + count - len(old)))
+        self._fresh += count - len(old)
+        self._references.update(dict.fromkeys(taken, 1))
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each block; block 0 is passed over."""
+        for block in blocks:
+            if block:
+                self._references[block] += 1
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Remove a reference from each block, and take back those without any; block 0 is passed over."""
+        for block in blocks:
+            if not block:
+                continue
+            if self._references[block] > 1:
+                self._references[block] -= 1
+            else:
+                del self._references[block]
+                self._returned.append(block)
+
+    def shared(self, block: int) -> bool:
+        """Tell whether a block has more than one reference, so that a writer needs a copy of its own."""
+        return self._references[block] > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """How many blocks each group gets (block 0 included) and what they would take when all are written."""
+
+    blocks: tuple[int, ...]
+    bytes: int
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Return how many blocks `tokens` tokens fill."""
+    return -(-tokens // block_size)
+
+
+def size_cache(spec: CacheSpec, limits: Limits, *, chunk: int, reserve: int, cache_bytes: int | None = None) -> CacheSize:
+    """Choose the block counts: enough for `max_batch` sequences of `max_context`, or what fits in `cache_bytes` if that is less.
+
+    A sliding group needs no more per sequence than its window, the reserve and one prefill chunk of `chunk` tokens. With
+    `cache_bytes` all groups shrink alike, but none below what one chunk needs. Raises UserError where not even that fits.
+    """
+    size, itemsize = spec.block_size, cache_dtype(spec).itemsize
+    block_bytes = [sum(2 * size * spec.kv_heads[i] * spec.head_dim[i] * itemsize for i in group.layers) for group in spec.groups]
+    longest = blocks_for(limits.max_context, size)
+    full = [
+        # one more for the partial block at the window's old end, one for the copy of a shared block
+        min(longest, blocks_for(group.window + reserve + chunk, size) + 1) + 1 if group.window else longest + 1
+        for group in spec.groups
+    ]
+    least = [n if group.window else min(n, blocks_for(chunk, size) + 2) for n, group in zip(full, spec.groups, strict=True)]
+
+    def counts(units: int) -> tuple[int, ...]:
+        return tuple(1 + max(low, units * n // longest) for low, n in zip(least, full, strict=True))
+
+    def total(blocks: tuple[int, ...]) -> int:
+        return sum(n * each for n, each in zip(blocks, block_bytes, strict=True))
+
+    units = limits.max_batch * longest
+    if cache_bytes is not None and total(counts(units)) > cache_bytes:
+        if total(counts(0)) > cache_bytes:
+            raise UserError(
+                f"cache_bytes is {cache_bytes}; the smallest cache that can run a prefill chunk of {chunk} tokens takes "
+                f"{total(counts(0))} bytes. Give at least that much."
+            )
+        low, high = 0, units  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if total(counts(middle)) <= cache_bytes else (low, middle)
+        units = low
+    return CacheSize(blocks=counts(units), bytes=total(counts(units)))
+
+
+def cache_dtype(spec: CacheSpec) -> torch.dtype:
+    """Return the dtype that the manifest names. Raises UserError for one that torch does not have."""
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"The manifest's cache dtype is {spec.dtype!r}, which torch does not know: the manifest is damaged.")
+    return dtype
+
+
+def allocate_caches(spec: CacheSpec, size: CacheSize) -> list[Tensor]:
+    """Return K and V of each layer in layer order, [blocks, block_size, kv_heads, head_dim]: zeros without memory behind them."""
+    dtype = cache_dtype(spec)
+    blocks = {layer: count for group, count in zip(spec.groups, size.blocks, strict=True) for layer in group.layers}
+    if sorted(blocks) != list(range(len(spec.kv_heads))):
+        raise UserError(
+            f"The cache groups hold the layers {sorted(blocks)}, not 0 to {len(spec.kv_heads) - 1}: damaged manifest."
+        )
+    caches = []
+    for layer in sorted(blocks):
+        shape = blocks[layer], spec.block_size, spec.kv_heads[layer], spec.head_dim[layer]
+        caches += [_reserve(shape, dtype), _reserve(shape, dtype)]
+    return caches
+
+
+def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    count = torch.Size(shape).numel()
+    try:
+        pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        raise UserError(
+            f"The system refuses to reserve {count * dtype.itemsize} bytes for a cache: {error}. "
+            "Load with a smaller cache_bytes, or compile with a smaller max_context or max_batch."
+        ) from error
+    cache = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+    assert cache.data_ptr() % ALIGNMENT == 0  # else a program would copy the cache silently and lose its writes
+    return cache

@@ -1,0 +1,64 @@
+"""What this machine offers, against what an artifact requires.
+
+A program is machine code for one torch and one instruction set: running it elsewhere ends in a crash without a word. So the
+requirements of the manifest are compared with the host before anything is loaded, and every misfit is named with its remedy.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.manifest import Requirements
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_features(cpuinfo: Path = CPUINFO) -> frozenset[str]:
+    """Return the first processor's flags as /proc/cpuinfo spells them (x86 `flags`, arm64 `Features`); empty where unknown."""
+    try:
+        text = cpuinfo.read_text("utf-8", "replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def version_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with: `2.13.0+cpu` gives (2, 13, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def misfits(need: Requirements) -> list[str]:
+    """Return what of `need` the host does not have, each with what to do about it."""
+    wrong = []
+    if (torch_here := version_numbers(torch.__version__)[:2]) != version_numbers(need.torch)[:2]:
+        here = ".".join(map(str, torch_here))
+        wrong.append(
+            f"torch is {here}, the artifact was compiled for {need.torch}: install torch=={need.torch}.* or compile here"
+        )
+    if need.platform.lower() != sys.platform:
+        wrong.append(f"the platform is {sys.platform}, the artifact was compiled for {need.platform}: compile on this platform")
+    if (machine := platform.machine()) != need.machine:
+        wrong.append(f"the machine is {machine}, the artifact was compiled for {need.machine}: compile on this machine")
+    elif missing := sorted(set(need.cpu_features) - cpu_features()):
+        wrong.append(
+            f"the processor lacks {', '.join(missing)}, which --cpu-isa {need.cpu_isa} uses: "
+            "compile here, or with --cpu-isa x86-64-v3 for older processors"
+        )
+    libc, libc_version = platform.libc_ver()
+    if need.glibc and (libc != "glibc" or version_numbers(libc_version) < version_numbers(need.glibc)):
+        wrong.append(f"the C library is {libc or 'unknown'} {libc_version}, glibc {need.glibc} or later is needed: compile here")
+    return wrong
+
+
+def check_host(need: Requirements) -> None:
+    """Compare the host with `need`. Raises one UserError that lists every misfit and what to do about it."""
+    if wrong := misfits(need):
+        raise UserError("The artifact does not fit this machine: " + "; ".join(wrong) + ".")

@@ -1,0 +1,339 @@
+"""`load` and the model it returns: the public face of the runtime.
+
+A folder enters; what leaves runs prompts. Everything is checked before the first library is opened, since a program is trusted
+machine code and a wrong one ends the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from oxfuse.runtime.engine import Engine, TokenSequence
+from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.generate import (
+    Chunk,
+    Generation,
+    GenerationJob,
+    Prompt,
+    Stream,
+    generation_options,
+    prompt_tokens,
+    split_prompts,
+    stream_in_thread,
+)
+from oxfuse.runtime.host import check_host
+from oxfuse.runtime.inputs import Batch, BatchRow, batch_rows
+from oxfuse.runtime.manifest import GenerationSpec, Manifest, ProgramSpec, read_manifest
+from oxfuse.runtime.program import Program, load_ops_library
+from oxfuse.runtime.scheduler import Job, Scheduler
+from oxfuse.runtime.session import Session
+from oxfuse.runtime.tokenizer import TextTokenizer
+from oxfuse.runtime.weights import check_weight_file, damaged, damaged_weights, hash_weights, map_tensors
+
+REPORT = "report.json"
+MOST_THREADS = 1024
+
+
+class _RowsJob(Job):
+    """Writes the logits of one row's tokens to their place in the result."""
+
+    def __init__(self, sequence: TokenSequence, row: BatchRow, out: Tensor) -> None:
+        super().__init__(sequence, rows="all")
+        sequence.append(row.tokens, row.positions)
+        self._offset, self._out = row.offset, out
+
+    def receive(self, first: int, logits: Tensor) -> None:
+        self._out[self._offset + first : self._offset + first + len(logits)] = logits
+        self.done = self.sequence.pending == 0
+
+
+class CompiledModel:
+    """A model that is ready to run. Any number of threads may use it; their work shares the steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        vocab_size: int,
+        generation: GenerationSpec | None = None,
+        tokenizer: TextTokenizer | None = None,
+        manifest: Manifest | None = None,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        """Wrap an engine. `load` does this for an artifact; without a manifest any `step` callable can be run the same way."""
+        self.scheduler = Scheduler(engine)
+        self.vocab_size, self.tokenizer, self.report = vocab_size, tokenizer, report
+        self._manifest = manifest
+        self._eos = frozenset(generation.eos_token_ids if generation else ())
+
+    @property
+    def manifest(self) -> Manifest:
+        """The artifact's manifest. Raises UserError for a model that was not loaded from an artifact."""
+        if self._manifest is None:
+            raise UserError("This model was not loaded from an artifact, so it has no manifest.")
+        return self._manifest
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's configuration as oxfuse understood it."""
+        return self.manifest.model.config
+
+    @property
+    def max_context(self) -> int:
+        """Longest sequence, prompt and generated tokens together."""
+        return self.scheduler.engine.limits.max_context
+
+    def logits(
+        self,
+        input_ids: Batch,
+        *,
+        position_ids: Batch | None = None,
+        attention_mask: Batch | None = None,
+        on_step: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Return the logits of every token, float32 [B, S, vocab].
+
+        `input_ids` is [B, S] of integers, or B lists of any lengths, padded on the right. Tokens outside the run of ones in a row
+        of `attention_mask` [B, S] are not run, and their logits are 0. `position_ids` [B, S] or [1, S] default to arange(S), pads
+        counted. `on_step` is called after every step, for progress. Raises UserError where something does not fit.
+        """
+        rows, length = batch_rows(input_ids, self.vocab_size, position_ids, attention_mask)
+        if (longest := max(len(row.tokens) for row in rows)) > self.max_context:
+            raise UserError(
+                f"A row has {longest} tokens, max_context is {self.max_context}: shorten it, or compile with a larger one."
+            )
+        out = torch.zeros(len(rows), length, self.vocab_size)
+        engine = self.scheduler.engine
+        self.scheduler.run([_RowsJob(engine.sequence(), row, out[i]) for i, row in enumerate(rows)], on_step)
+        return out
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+        logprobs: bool = False,
+    ) -> list[Generation]:
+        """Continue each prompt and return one Generation per prompt, in order.
+
+        A prompt is a text, token ids, or messages for the chat template; `prompts` is one or a list of them. `temperature` 0 is
+        greedy. Every prompt samples from its own generator seeded with `seed`, so its tokens do not depend on the others; equal
+        prompts with equal seeds are equal. `stop_token_ids` [] never stops, None means the checkpoint's own. Raises UserError for
+        a prompt or an option that does not fit, before anything is run.
+        """
+        jobs = self.generation_jobs(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            logprobs=logprobs,
+        )
+        self.scheduler.run([job for job in jobs if not job.done])
+        return [job.result() for job in jobs]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+        logprobs: bool = False,
+    ) -> Iterator[Chunk]:
+        """Continue one prompt and return its chunks as they come, one a token; the options are `generate`'s.
+
+        The texts add up to the text of `generate`. Raises UserError at the call, not at the first chunk.
+        """
+        return self._stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            logprobs=logprobs,
+        )
+
+    def astream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+        logprobs: bool = False,
+    ) -> AsyncIterator[Chunk]:
+        """Do what `stream` does for an event loop: steps run in a worker thread, and the loop goes on between them."""
+        stream = self._stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            logprobs=logprobs,
+        )
+        return stream_in_thread(stream)
+
+    def session(self) -> Session:
+        """Open a session: the caller feeds tokens and gets logits."""
+        return Session(self.scheduler, self.vocab_size)
+
+    def generation_jobs(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[GenerationJob]:
+        """Return one job per prompt for `scheduler.run`; `options` are all of `generate`'s, as are the errors."""
+        chosen = generation_options(vocab_size=self.vocab_size, **options)
+        if chosen.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, which this artifact lacks: use stop_token_ids.")
+        ends = self._eos if chosen.stop_token_ids is None else chosen.stop_token_ids
+        tokens = [prompt_tokens(p, self.tokenizer, self.vocab_size, self.max_context) for p in split_prompts(prompts)]
+        return [
+            GenerationJob(
+                self.scheduler.engine.sequence(),
+                prompt,
+                chosen,
+                ends=ends,
+                max_context=self.max_context,
+                tokenizer=self.tokenizer,
+            )
+            for prompt in tokens
+        ]
+
+    def _stream(self, prompt: Prompt, **options: Any) -> Stream:
+        jobs = self.generation_jobs(prompt, **options)
+        if len(jobs) != 1:
+            raise UserError(f"There are {len(jobs)} prompts: a stream takes one. Use generate for several.")
+        return Stream(self.scheduler, jobs[0])
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    check: Literal["quick", "full"] = "quick",
+    cache_bytes: int | None = None,
+) -> CompiledModel:
+    """Load the artifact in the folder `path`.
+
+    `device` None means the one that the artifact was compiled for. `threads` is how many threads an operator may use while a step
+    runs; None leaves torch's setting. `check` "quick" compares sizes, safetensors headers, the hashes of programs and tokenizer,
+    and this machine with the manifest; "full" hashes the weights too. `cache_bytes` caps the KV cache. Weights are mapped, not
+    read. Raises UserError naming what does not fit and the remedy.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+        raise UserError(f"threads is {threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for torch's own setting.")
+    if check not in ("quick", "full"):
+        raise UserError(f"check is {check!r}: give 'quick' or 'full'.")
+    if cache_bytes is not None and (type(cache_bytes) is not int or cache_bytes < 1):
+        raise UserError(f"cache_bytes is {cache_bytes!r}: give a number of bytes, or None.")
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    program = choose_program(manifest, None if device is None else torch.device(device).type)
+    check_host(manifest.requirements)
+    check_files(folder, manifest)
+    if check == "full":
+        check_weights(folder, manifest)
+    if manifest.ops_library:
+        load_ops_library(folder, manifest.ops_library)
+    weights: dict[str, Tensor] = {}
+    for file in manifest.weights:
+        weights |= map_tensors(folder / file.path)
+    step = Program(folder, program, weights)
+    return CompiledModel(
+        Engine(step, manifest.cache, manifest.limits, cache_bytes=cache_bytes, threads=threads),
+        vocab_size=manifest.model.vocab_size,
+        generation=manifest.generation,
+        tokenizer=TextTokenizer.open([folder / name for name in manifest.tokenizer_files]),
+        manifest=manifest,
+        report=_read_report(folder),
+    )
+
+
+def choose_program(manifest: Manifest, device: str | None) -> ProgramSpec:
+    """Return the program that runs on `device`, by default the first. Raises UserError where there is none for this runtime."""
+    fits = [p for p in manifest.programs if device is None or p.target.partition(":")[0] == device]
+    if not fits:
+        targets = ", ".join(sorted({p.target for p in manifest.programs})) or "nothing"
+        raise UserError(f"The artifact has no program for {device}, only for {targets}: compile with --target {device}.")
+    if fits[0].target != "cpu":
+        raise UserError(f"The artifact's program is for {fits[0].target}; this runtime runs cpu. Compile with --target cpu.")
+    return fits[0]
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Hash the programs, the ops library and the tokenizer; compare weight files' sizes and headers. Raises UserError."""
+    hashes = {f"{p.path}/{name}": digest for p in manifest.programs for name, digest in p.files.items()}
+    if manifest.ops_library:
+        hashes[manifest.ops_library.path] = manifest.ops_library.sha256
+    for name, expected in {**hashes, **manifest.tokenizer_files}.items():
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise damaged(folder / name, "does not exist") from None
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error}.") from error
+        if found != expected:
+            raise damaged(folder / name, f"has sha256 {found}, the manifest says {expected}")
+    for weights in manifest.weights:
+        check_weight_file(folder, weights)
+
+
+def check_weights(folder: Path, manifest: Manifest, progress: Callable[[int], object] | None = None) -> None:
+    """Hash every tensor of the weight files; `progress` gets the bytes hashed. Raises UserError naming those that differ."""
+    for weights in manifest.weights:
+        if wrong := list(damaged_weights(weights, hash_weights(folder, weights, progress))):
+            raise damaged(
+                folder / weights.path, f"has other values than were compiled in {len(wrong)} tensors, such as {wrong[0]}"
+            )
+
+
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    try:
+        report = json.loads((folder / REPORT).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged(folder / REPORT, f"cannot be read ({error})") from error
+    return report if isinstance(report, dict) else None

@@ -1,0 +1,195 @@
+"""Decides what the next step runs: any mix of prefill chunks and decodes, of whatever callers there are.
+
+Callers submit jobs and then drive: whoever holds the lock runs one step for everybody, so a stream, a session and a batch in
+three threads share their steps. Jobs beyond `max_batch` queue. When blocks run out, the youngest running job gives its own back
+and recomputes later from its tokens; only a job that is alone and still does not fit fails.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from oxfuse.runtime.blocks import blocks_for
+from oxfuse.runtime.engine import Engine, Feed, Rows, TokenSequence
+from oxfuse.runtime.errors import UserError
+
+
+class Job(ABC):
+    """Pending tokens of one sequence, and what becomes of their logits.
+
+    `rows` says which logits it wants; `keep` leaves the sequence's blocks in place at the end. The scheduler's lock guards it.
+    """
+
+    def __init__(self, sequence: TokenSequence, *, rows: Rows = "last", keep: bool = False) -> None:
+        """Describe the job; `Scheduler.submit` starts it."""
+        self.sequence, self.rows, self.keep = sequence, rows, keep
+        self.done = False
+        self.error: BaseException | None = None
+
+    @abstractmethod
+    def receive(self, first: int, logits: Tensor) -> None:
+        """Take the logits [n, V], float32, of the sequence's tokens from index `first` on; append tokens to it or set `done`."""
+
+
+class Scheduler:
+    """Queue, running jobs and the lock around the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Serve jobs with `engine`, which nobody else may use without `lock`."""
+        self.engine = engine
+        self.lock = threading.Lock()
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self._abandoned: deque[TokenSequence | Job] = deque()
+
+    def run(self, jobs: Sequence[Job], on_step: Callable[[], object] | None = None) -> None:
+        """Run jobs to their end; `on_step` is called after each step. On any exception none of them is left in the scheduler.
+
+        Raises the error of the first job that failed.
+        """
+        try:
+            with self.lock:
+                self.waiting += jobs
+            while self.advance(lambda: all(job.done for job in jobs)):
+                if on_step:
+                    on_step()
+        finally:
+            self.cancel(jobs)
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+
+    def submit(self, job: Job) -> None:
+        """Queue a job."""
+        with self.lock:
+            self.waiting.append(job)
+
+    def advance(self, enough: Callable[[], bool]) -> bool:
+        """Run one step unless `enough()`, which is asked under the lock. Return whether a step was run."""
+        with self.lock:
+            if enough():
+                return False
+            self._step()
+            return True
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Take jobs out, finished or not. Blocks they do not keep return to the pool."""
+        with self.lock:
+            for job in jobs:
+                self._retire(job)
+
+    def abandon(self, item: TokenSequence | Job) -> None:
+        """Do `cancel`, or release a sequence, from a finalizer: at once if the lock is free, else at the next step.
+
+        A finalizer may run anywhere, also inside a step of this very thread.
+        """
+        self._abandoned.append(item)
+        if self.lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self.lock.release()
+
+    def _sweep(self) -> None:
+        while self._abandoned:
+            item = self._abandoned.popleft()
+            if isinstance(item, Job):
+                self._retire(item)
+            else:
+                self.engine.release(item)
+
+    def _retire(self, job: Job, error: BaseException | None = None) -> None:
+        job.done, job.error = True, job.error or error
+        if job in self.running:
+            self.running.remove(job)
+        elif job in self.waiting:
+            self.waiting.remove(job)
+        if not job.keep:
+            self.engine.release(job.sequence)
+
+    def _step(self) -> None:
+        self._sweep()
+        self._admit()
+        plan = self._plan()
+        if not plan:
+            return
+        firsts = [feed.sequence.cached + feed.wanted.start for feed in plan.values()]
+        undelivered = dict.fromkeys(plan)
+        try:
+            results = self.engine.run([*plan.values()])
+            for job, first, logits in zip(plan, firsts, results, strict=True):
+                if len(logits):
+                    self._deliver(job, first, logits)
+                del undelivered[job]
+        except Exception as error:
+            for job in undelivered:
+                self._retire(job, error)
+        except BaseException:  # an interrupt in one caller's thread: the others' tokens become pending again
+            for job in undelivered:
+                self.engine.release(job.sequence)
+            raise
+        self._sweep()
+
+    def _deliver(self, job: Job, first: int, logits: Tensor) -> None:
+        try:
+            job.receive(first, logits)
+        except Exception as error:  # it concerns this job alone
+            self._retire(job, error)
+        if job.done:
+            self._retire(job)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.engine.limits.max_batch:
+            sequence, size = self.waiting[0].sequence, self.engine.cache.block_size
+            first = min(sequence.pending, self.engine.chunk)
+            crowded = any(pool.free <= blocks_for(first, size) for pool in self.engine.pools)
+            if self.running and crowded:
+                return  # it would take blocks from those who run, or be the first to lose its own
+            self.running.append(self.waiting.popleft())
+
+    def _plan(self) -> dict[Job, Feed]:
+        """Choose the feeds of a step and secure their blocks: decodes first, then prefill chunks, each in order of arrival."""
+        engine, plan = self.engine, dict[Job, Feed]()
+        budget = engine.limits.max_step_tokens
+        for job in sorted(self.running, key=lambda job: job.sequence.pending > 1):
+            if job not in self.running:
+                continue  # lost its blocks to an earlier one
+            if not budget:
+                break
+            count = min(job.sequence.pending, engine.chunk, budget)
+            while count and not engine.secure(job.sequence, count):
+                victim = self.running[-1]
+                if victim is not job or len(self.running) > 1:
+                    plan.pop(victim, None)
+                    self._preempt(victim)
+                    if victim is job:
+                        break
+                else:
+                    count //= 2
+            if job not in self.running:
+                continue
+            if not count:
+                self._retire(job, self._full(job))
+                continue
+            plan[job] = Feed(sequence=job.sequence, count=count, rows=job.rows)
+            budget -= count
+        return plan
+
+    def _preempt(self, job: Job) -> None:
+        self.engine.release(job.sequence)
+        self.running.remove(job)
+        self.waiting.appendleft(job)
+
+    def _full(self, job: Job) -> UserError:
+        held = len(job.sequence.tables[0])
+        total = self.engine.pools[0].blocks - 1
+        return UserError(
+            f"The cache is full: a sequence of {len(job.sequence.tokens)} tokens needs more than the {held} of {total} blocks "
+            f"({self.engine.cache.block_size} tokens each) that it has, and open sessions hold the rest. Close sessions, or load "
+            "with a larger cache_bytes."
+        )
