@@ -85,9 +85,7 @@ def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> None:
         building = pool.submit(build_ops, cpu_kernels(), plan.level, programs / "oxfuse_ops.so")
         with phases("export and fuse"):
             fused = _fuse(plan, dump)
-            program = export_step(
-                fused.step, fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, limits=plan.step_limits
-            )
+            program = export_step(fused.step, fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, limits=plan.step_limits)
         with phases("build C++ ops"):
             ops = building.result()
             load_ops(ops)

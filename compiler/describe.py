@@ -110,7 +110,12 @@ def _generation(plan: Plan) -> GenerationSpec:
 
 
 def report_of(
-    manifest: Manifest, folder: Path, program: ExportedProgram, seconds: dict[str, float], parity: Parity, notes: tuple[str, ...] = ()
+    manifest: Manifest,
+    folder: Path,
+    program: ExportedProgram,
+    seconds: dict[str, float],
+    parity: Parity,
+    notes: tuple[str, ...] = (),
 ) -> Report:
     """Return the report of a finished artifact; `seconds` is wall time by phase."""
     (spec,) = manifest.programs

@@ -47,7 +47,9 @@ def export_reference(model: nn.Module, max_tokens: int = 8192) -> fx.GraphModule
 
 
 @torch.no_grad()
-def export_step(step: fx.GraphModule, cache: PagedCache, *, block_size: int, dtype: torch.dtype, limits: StepLimits) -> ExportedProgram:
+def export_step(
+    step: fx.GraphModule, cache: PagedCache, *, block_size: int, dtype: torch.dtype, limits: StepLimits
+) -> ExportedProgram:
     """Return the step module as an exported program with dynamic dims, each of minimum 1 (N + 1: 2)."""
     sizes = {"T": limits.tokens, "N": limits.sequences, "N1": limits.sequences + 1, "M": limits.table, "R": limits.tokens}
     dims = {name: Dim(name, min=1 + (name == "N1"), max=size) for name, size in sizes.items()}

@@ -42,7 +42,8 @@ CODES = {  # dtype names of the safetensors format
 
 @dataclass(frozen=True, kw_only=True)
 class WeightEntry:
-    """One tensor to write. `chunks` yields its rows (dim 0) in order, in chunks of any height; a scalar is one chunk.
+    """One tensor to write. `chunks` yields its rows (dim 0) in order, in chunks of any height; a scalar is one chunk. Chunks may
+    be views, of mapped files too, and of another dtype: the writer casts to `dtype` as it copies.
 
     `source` and `layout` go to the manifest: the checkpoint's tensor, and what was done to it, step by step.
     """
@@ -77,9 +78,13 @@ class RowReader(Protocol):
 def entry_of(weight: Weight, source: RowReader) -> WeightEntry:
     """Return the entry that streams `source` through the recipe of `weight`, a few rows at a time where the recipe allows it.
 
-    Rows may go one by one where every step keeps dim 0 as it is, which its effect on shapes shows. What the steps leave in
-    another dtype than the weight's is cast last.
+    Rows may go one by one where every step keeps dim 0 as it is, which its effect on shapes shows. A cast that the recipe does
+    not name, because the program's dtype is not the checkpoint's, is named in the layout.
     """
+    if weight.encoding == "mxfp4" and weight.part is None:
+        raise InternalError(
+            f"{weight.source} is MXFP4, but the program reads it dense: no fusion has taken its blocks and scales."
+        )
     shape, row_by_row, height = source.shape, bool(source.shape), 0
     for step in weight.transforms:
         row_by_row = row_by_row and _keeps_rows(step.shape, shape)
@@ -97,7 +102,7 @@ def entry_of(weight: Weight, source: RowReader) -> WeightEntry:
             tensor = source.read(None if first is None else slice(first, min(first + height, shape[0])))
             for step in weight.transforms:
                 tensor = step.apply(tensor)
-            yield tensor.to(weight.dtype)
+            yield tensor
 
     return WeightEntry(
         shape=weight.shape,
@@ -118,12 +123,12 @@ def write_weights(path: Path, entries: Mapping[str, WeightEntry], progress: Call
 
     `progress` is called with the number of bytes written since the last call. On return the file is on the disk. Raises
     UserError where the disk is too small (before anything is written, if that can be seen) and InternalError where an entry
-    yields another shape or dtype than it said.
+    yields another shape than it said.
     """
     header, order = _header(entries)
     total = len(header) + sum(entry.nbytes for entry in entries.values())
     require_space(path.parent, total)
-    tensors: dict[str, WeightTensor] = {}
+    tensors, buffer = dict[str, WeightTensor](), torch.empty(PIECE, dtype=torch.uint8)
     try:
         with path.open("wb") as file:
             file.write(header)
@@ -134,7 +139,7 @@ def write_weights(path: Path, entries: Mapping[str, WeightEntry], progress: Call
                     shape=entry.shape,
                     source=entry.source,
                     layout=entry.layout,
-                    sha256=_write_tensor(file, name, entry, progress or (lambda _: None)),
+                    sha256=_write_tensor(file, buffer, name, entry, progress or (lambda _: None)),
                 )
             file.flush()
             os.fsync(file.fileno())
@@ -171,18 +176,19 @@ def _header(entries: Mapping[str, WeightEntry]) -> tuple[bytes, list[str]]:
     return len(text).to_bytes(8, "little") + text, order
 
 
-def _write_tensor(file: BinaryIO, name: str, entry: WeightEntry, progress: Callable[[int], None]) -> str:
+def _write_tensor(file: BinaryIO, buffer: Tensor, name: str, entry: WeightEntry, progress: Callable[[int], None]) -> str:
     """Append one tensor to `file`; return its SHA-256 in hex."""
     digest, rows = hashlib.sha256(), 0
     for chunk in entry.chunks():
-        fits = chunk.dtype == entry.dtype and chunk.shape[1:] == entry.shape[1:] and chunk.dim() == len(entry.shape)
-        if not fits:
-            found = f"{_name(chunk.dtype)} {tuple(chunk.shape)}"
-            raise InternalError(f"The weight {name} yields {found}; the file has room for {_name(entry.dtype)} {entry.shape}.")
+        if chunk.dim() != len(entry.shape) or chunk.shape[1:] != entry.shape[1:]:
+            raise InternalError(f"The weight {name} yields a chunk of {tuple(chunk.shape)}; the file has room for {entry.shape}.")
         rows += chunk.shape[0] if entry.shape else 1
-        for piece in _pieces(chunk):
-            # A view of bytes: NumPy knows no bfloat16.
-            data: memoryview = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for piece in _pieces(chunk.detach(), entry.dtype.itemsize):
+            if piece.dtype != entry.dtype or not piece.is_contiguous():
+                # One buffer for all: the allocator would keep the holes that many large tensors leave.
+                room = buffer[: piece.numel() * entry.dtype.itemsize].view(entry.dtype).view(piece.shape)
+                piece = room.copy_(piece)
+            data: memoryview = piece.reshape(-1).view(torch.uint8).numpy().data  # bytes: NumPy knows no bfloat16
             digest.update(data)
             file.write(data)
             progress(len(data))
@@ -191,14 +197,16 @@ def _write_tensor(file: BinaryIO, name: str, entry: WeightEntry, progress: Calla
     return digest.hexdigest()
 
 
-def _pieces(chunk: Tensor) -> Iterator[Tensor]:
-    """Cut a chunk along dim 0: making a mapped or transposed view contiguous must not copy it whole."""
-    if chunk.dim() == 0:
-        yield chunk
-    elif chunk.is_contiguous():
-        yield from torch.split(chunk.reshape(-1), PIECE // chunk.itemsize)
+def _pieces(tensor: Tensor, itemsize: int) -> Iterator[Tensor]:
+    """Cut a tensor into views of at most PIECE bytes, in the order of their values, `itemsize` bytes each."""
+    if tensor.numel() * itemsize <= PIECE:
+        yield tensor
+    elif tensor.shape[0] == 1:
+        yield from _pieces(tensor[0], itemsize)
     else:
-        yield from torch.split(chunk, max(1, PIECE // max(1, chunk[:1].nbytes)))
+        rows = max(1, PIECE // (math.prod(tensor.shape[1:]) * itemsize))
+        for part in torch.split(tensor, rows):
+            yield from _pieces(part, itemsize)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """Opens a checkpoint folder: its configuration, tokenizer files and tensors, which are mapped and not read.
 
-In: a folder in the layout of Hugging Face (single or sharded safetensors) or OpenAI's `original/`. Out: a `Checkpoint`. Nothing in the
-folder is executed, unpickled or written; what is damaged or leads out of the folder is refused with its name.
+In: a folder in the layout of Hugging Face (single or sharded safetensors) or OpenAI's `original/`. Out: a `Checkpoint`. Nothing
+in the folder is executed, unpickled or written; what is damaged or leads out of the folder is refused with its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ __all__ = ["Checkpoint", "TensorSource", "tokenizer_files"]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 
 
@@ -51,8 +52,8 @@ class Checkpoint:
             raise UserError(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}. Give a checkpoint's folder.")
         config = _read_json(folder / "config.json", required=True)
         texts = folder
-        if "model_type" not in config:
-            config = {"model_type": _recognise(config, folder), **config}
+        if not isinstance(config.get("model_type"), str):
+            config = {**config, "model_type": _recognise(config, folder)}
             if not (folder / "tokenizer.json").exists():
                 texts = folder.absolute().parent  # OpenAI's original/ has its tokenizer one level up
         return cls(
@@ -67,7 +68,8 @@ class Checkpoint:
     def of_tensors(cls, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
         """Return the checkpoint of a live module: its configuration's dict and its state dict."""
         sources = {
-            name: MemoryTensor(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, tensor=tensor) for name, tensor in tensors.items()
+            name: MemoryTensor(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, tensor=tensor)
+            for name, tensor in tensors.items()
         }
         return cls(config=config, tensors=sources)
 
@@ -83,11 +85,6 @@ class Checkpoint:
             if source.dtype.is_floating_point:
                 counts[source.dtype] = counts.get(source.dtype, 0) + torch.Size(source.shape).numel()
         return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
-
-
-def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Return the tokenizer's files that lie in `folder`."""
-    return tuple(path for name in _TOKENIZER if (path := folder / name).is_file())
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -108,7 +105,9 @@ def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         if not required:
             return {}
-        raise UserError(f"{path.parent} has no {path.name}, so it is no checkpoint. Give a folder with config.json and safetensors.") from None
+        raise UserError(
+            f"{path.parent} has no {path.name}, so it is no checkpoint. Give a folder with config.json and safetensors."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}. Get the file again.") from error
     if not isinstance(data, dict):
@@ -117,6 +116,7 @@ def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
 
 
 def _open_tensors(folder: Path) -> dict[str, TensorSource]:
+    shards: dict[str, set[str] | None]
     if (folder / _SINGLE).exists():
         shards = {_SINGLE: None}
     elif (folder / _INDEX).exists():
@@ -134,11 +134,14 @@ def _open_tensors(folder: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name, wanted in shards.items():
         file = SafetensorsFile(_inside(folder, name))
-        if wanted is not None and (absent := sorted(wanted - file.entries.keys())):
+        absent = sorted(wanted - file.entries.keys()) if wanted is not None else []
+        if absent:
             raise UserError(f"{_INDEX} says that {name} holds {_some(absent)}; it does not. Get index and shards again.")
         for key in wanted if wanted is not None else file.entries:
             if key in tensors:
-                raise UserError(f"{folder}: {key} is stored in {name} and in another file. Remove what does not belong, or add {_INDEX}.")
+                raise UserError(
+                    f"{folder}: {key} is stored in {name} and in another file. Remove what does not belong, or add {_INDEX}."
+                )
             entry = file.entries[key]
             tensors[key] = FileTensor(name=key, shape=entry.shape, dtype=entry.dtype, file=file)
     return tensors
@@ -158,7 +161,9 @@ def _read_index(folder: Path) -> dict[str, set[str] | None]:
         if Path(shard).suffix in _PICKLES:
             raise UserError(f"{path} names {shard}, a pickle, which can run code when read; oxfuse reads safetensors only.")
     if absent := sorted(shard for shard in shards if not _inside(folder, shard).is_file()):
-        raise UserError(f"{path} names {_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there. Get the missing files.")
+        raise UserError(
+            f"{path} names {_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there. Get the missing files."
+        )
     return shards
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from oxfuse.models.checkpoint import Checkpoint, TensorSource
 
 SOURCE_FILES = (
-    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*",
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*",
 )  # fmt: skip
 """Patterns match whole paths, so subfolders with further copies of the weights (original/, metal/) stay out."""
 
@@ -50,7 +50,7 @@ class ComputedBuffers(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_buffers(next(self.buffers()).device)
         return self
 

@@ -27,4 +27,3 @@ def load_reference(source: Path | str, dtype: torch.dtype = torch.float32, task:
     sources = contract.tensor_sources(checkpoint, config, task)
     model = meta_model(contract, config, task, dtype)
     return fill(model, lambda name: sources[name].read().to(dtype).contiguous())
-

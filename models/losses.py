@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oxfuse.errors import UserError
+from oxfuse.models.precision import widened
 
 IGNORED = -100
 
@@ -24,7 +25,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
             f"The logits cover {tuple(logits.shape[:-1])} tokens, the labels {tuple(labels.shape)}. "
             "Give one label a token, and no logits_to_keep."
         )
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    wide = widened(logits).flatten(0, -2)
     target = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
     if num_items_in_batch is None:
         return F.cross_entropy(wide, target, ignore_index=IGNORED)
@@ -34,17 +35,16 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
     """Return the loss of an uneven use of experts, a scalar: E * sum over experts of f_e * p_e.
 
-    router_logits: L of [B * S, E]; all layers' rows count alike. f_e is how many of a token's `top_k` choices fall on expert e, in the
-    mean, so that f sums to top_k; p_e is its mean probability. attention_mask [B, S]: rows of masked tokens do not count.
+    router_logits: L of [B * S, E]; all layers' rows count alike. f_e is how many of a token's `top_k` choices fall on expert e,
+    in the mean, so that f sums to top_k; p_e is its mean probability. attention_mask [B, S]: rows of masked tokens do not count.
     Switch Transformer (arXiv:2101.03961), eq. 4 to 6, without its division by top_k.
     """
     logits = torch.cat(list(router_logits))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    probabilities = logits.to(wide).softmax(-1)  # [L * B * S, E]
+    probabilities = widened(logits).softmax(-1)  # [L * B * S, E]
     chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
     if attention_mask is None:
         used, likely = chosen.mean(0), probabilities.mean(0)
     else:
-        counted = attention_mask.flatten().to(wide).repeat(len(router_logits))[:, None]
+        counted = attention_mask.flatten().to(probabilities.dtype).repeat(len(router_logits))[:, None]
         used, likely = ((x * counted).sum(0) / counted.sum() for x in (chosen, probabilities))
     return logits.shape[-1] * (used * likely).sum()

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from oxfuse.models.contract import ComputedBuffers
+from oxfuse.models.precision import widened
 
 
 def yarn_range(rope: Mapping[str, Any], dim: int) -> tuple[float, float]:
     """Return the pair indices between which YaRN goes over from the model's own frequencies to interpolated ones.
 
-    corr(r) = dim * ln(original context / (2 pi r)) / (2 ln theta) for r = beta_fast and beta_slow turns (YaRN, arXiv:2309.00071, eq. 17
-    to 20), floored and ceiled if `truncate`, then held inside [0, dim - 1].
+    corr(r) = dim * ln(original context / (2 pi r)) / (2 ln theta) for r = beta_fast and beta_slow turns (YaRN,
+    arXiv:2309.00071, section 3.2), floored and ceiled if `truncate`, then held inside [0, dim - 1].
     """
     turns = (rope["beta_fast"], rope["beta_slow"])
     low, high = (
@@ -34,8 +35,8 @@ def yarn_range(rope: Mapping[str, Any], dim: int) -> tuple[float, float]:
 def inverse_frequencies(rope: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
     """Return the angle per position of each of dim / 2 pairs, float32 [dim / 2], and what cos and sin are multiplied by.
 
-    `rope["rope_type"]` is "default", "linear" or "yarn". The operations come in transformers 5.23's order, so the table is the same to
-    the last bit.
+    `rope["rope_type"]` is "default", "linear" or "yarn". The operations come in transformers 5.23's order, so the table is
+    the same to the last bit.
     """
     period = rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
     kind = rope["rope_type"]
@@ -78,6 +79,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The product is taken in promote(dtype, float32) and rounded once.
     """
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    first, second = widened(x).chunk(2, -1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

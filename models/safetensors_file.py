@@ -19,8 +19,8 @@ from torch import Tensor
 from oxfuse.errors import UserError
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _HEADER_LIMIT = 100_000_000
 """Bytes; the format's own limit."""
@@ -46,9 +46,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries = read_entries(path)
-        size = path.stat().st_size
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._bytes.set_(torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size))  # type: ignore[call-overload]
+        self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor, or a slice of its dim 0, as a view of the mapping; a copy only where the file misaligns it."""
@@ -88,7 +86,9 @@ def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Entry:
     if not whole or end < start:
         raise _damaged(path, f"the header's entry for {name} holds impossible numbers")
     if dtype not in _DTYPES:
-        raise UserError(f"{path}: {name} is stored as {dtype!r}; oxfuse reads {', '.join(_DTYPES)}. Use a checkpoint in one of these.")
+        raise UserError(
+            f"{path}: {name} is stored as {dtype!r}; oxfuse reads {', '.join(_DTYPES)}. Use a checkpoint in one of these."
+        )
     entry = Entry(dtype=_DTYPES[dtype], shape=tuple(shape), start=begin + start)
     if entry.nbytes != end - start:
         raise _damaged(path, f"{name} of shape {shape} needs {entry.nbytes} bytes, its entry has {end - start}")

@@ -1,8 +1,8 @@
 """Runs a reference model that does not fit into memory: the oracle of every compiled artifact.
 
 In: a contract, a configuration, the sources of its parameters, token ids. Out: what the reference returns. A module's own
-parameters exist only while it runs; experts run one by one on the tokens that chose them; large matrices come a slice of rows at a
-time. So the peak is the activations and one expert, or one slice.
+parameters exist only while it runs; experts run one by one on the tokens that chose them; large matrices come a slice of rows at
+a time. So the peak is the activations and one expert, or one slice.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _runner(module: nn.Module) -> Callable[..., Any]:
     return _run_whole
 
 
-def _run_whole(module: nn.Module, read: Read, forward: Callable[..., Any], *args: Any, rows: slice | None = None, **kwargs: Any) -> Any:
+def _run_whole(
+    module: nn.Module, read: Read, forward: Callable[..., Any], *args: Any, rows: slice | None = None, **kwargs: Any
+) -> Any:
     """Run `forward` while the module holds its parameters, or `rows` of each."""
     absent = dict(module.named_parameters(recurse=False))
     for leaf in absent:
@@ -93,7 +95,7 @@ def _run_linear(module: nn.Linear, read: Read, forward: Callable[..., Any], x: T
 
 
 def _run_embedding(module: nn.Embedding, read: Read, forward: Callable[..., Any], ids: Tensor) -> Tensor:
-    unique, places = ids.unique(return_inverse=True)
+    unique, places = torch.unique(ids, return_inverse=True)
     return torch.cat([read("weight", slice(i, i + 1)) for i in unique.tolist()])[places]
 
 
@@ -101,7 +103,7 @@ def _run_experts(
     module: Experts, read: Read, forward: Callable[..., Tensor], x: Tensor, router_indices: Tensor, routing_weights: Tensor
 ) -> Tensor:
     total = torch.zeros_like(x)
-    for expert in router_indices.unique().tolist():
+    for expert in sorted(set(router_indices.flatten().tolist())):
         tokens = (router_indices == expert).any(-1).nonzero().squeeze(-1)
         chosen = x[tokens], router_indices[tokens], routing_weights[tokens], expert
         total[tokens] += _run_whole(module, read, forward, *chosen, rows=slice(expert, expert + 1))

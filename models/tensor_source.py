@@ -1,7 +1,7 @@
 """Where a parameter's values come from: a tensor of a file, some of its rows, its transpose, MXFP4 bytes, or live memory.
 
-A source says name, shape, dtype and encoding without reading anything; `read` maps or computes rows of dim 0, so whoever streams a
-checkpoint holds one slice of one tensor at a time.
+A source says name, shape, dtype and encoding without reading anything; `read` maps or computes rows of dim 0, so whoever streams
+a checkpoint holds one slice of one tensor at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TensorSource(ABC):
         """Return the values, or a slice of their dim 0; a view of the checkpoint where possible. MXFP4 becomes float32."""
 
     def parts(self) -> dict[str, TensorSource]:
-        """Return the stored tensors of an MXFP4 parameter [E, in, out]: "blocks" [E, out, in/32, 16] and "scales" [E, out, in/32]."""
+        """Return what stores an MXFP4 parameter [E, in, out]: "blocks" [E, out, in/32, 16] and "scales" [E, out, in/32]."""
         return {}
 
 
@@ -97,7 +97,9 @@ class Scales(TensorSource):
         """Return the bytes. Raises UserError if one is 255."""
         scales = self.stored.read(rows)
         if bool((scales == 255).any()):
-            raise UserError(f"{self.name} holds a scale byte of 255, which stands for no number. The checkpoint is damaged; get it again.")
+            raise UserError(
+                f"{self.name} holds a scale byte of 255, which stands for no number. The checkpoint is damaged; get it again."
+            )
         return scales
 
 

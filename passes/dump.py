@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from oxfuse.passes.boxes import op_name, value_text
 from oxfuse.passes.graph import layer_name
-from oxfuse.passes.picture import draw, op_name, value_text
+from oxfuse.passes.picture import draw
 
 
 def dump_graph(module: fx.GraphModule, folder: Path, name: str) -> None:

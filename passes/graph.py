@@ -169,9 +169,8 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node 
     """Insert a call at the graph's insertion point, with its fake value, and with `like`'s place in the model."""
     node = graph.call_function(target, args)
     values = fx.node.map_arg(args, lambda n: n.meta["val"])
-    mode = torch._guards.detect_fake_mode(
-        [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)][:8]
-    )
+    tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+    mode = torch._guards.detect_fake_mode(tensors)
     if mode is None:
         node.meta["val"] = target(*values)
     else:

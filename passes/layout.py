@@ -15,6 +15,7 @@ SWEEPS = 48
 STRAIGHT = 8.0  # how much more a bend follows a bend than a box
 COLUMN_GAP, RANK_GAP = 18.0, 30.0
 BEND = 10.0  # room that a passing edge gets
+LOW_RANK = 60.0  # an edge may slant past the boxes of a rank lower than this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,9 @@ def place(
         source, target = chain[0], chain[-1]
         points = [(centre[source], top[source] + sizes[source][1])]
         for bend in chain[1:-1]:
-            points += [(centre[bend], y) for y in ranges[levels[bend]]]
+            upper, lower = ranges[levels[bend]]
+            low = lower - upper < LOW_RANK
+            points += [(centre[bend], (upper + lower) / 2)] if low else [(centre[bend], upper), (centre[bend], lower)]
         routes.append([*points, (centre[target], top[target])])
     return Placement(
         left=[centre[i] - w / 2 for i, (w, _) in enumerate(sizes)],

@@ -80,7 +80,7 @@ def generation_options(
         raise UserError(f"stop is {stop!r}: give a string or strings, none of them empty.")
     ends = None
     if stop_token_ids is not None:
-        ends = frozenset(token_list(stop_token_ids, vocab_size) if len(stop_token_ids) else ())
+        ends = frozenset(token_list(stop_token_ids, vocab_size, "stop_token_ids") if len(stop_token_ids) else ())
     return GenerationOptions(
         max_new_tokens=max_new_tokens,
         sampling=SamplingOptions(**sampling),

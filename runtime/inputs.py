@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +14,16 @@ TokenIds = Sequence[int] | Tensor
 Batch = Tensor | Sequence[TokenIds]
 
 
-def token_list(ids: TokenIds, vocab_size: int) -> list[int]:
+def token_list(ids: TokenIds, vocab_size: int, what: str = "token ids") -> list[int]:
     """Return token ids as a list of ints. Raises UserError where there are none, or one is no integer in the vocabulary."""
-    values = _integers(ids, "token ids")
+    values = _integers(ids, what)
     if not values:
-        raise UserError("There are no token ids: give at least one.")
+        raise UserError(f"There are no {what}: give at least one.")
     for index, value in enumerate(values):
         if not 0 <= value < vocab_size:
-            raise UserError(f"Token id {value} at index {index} is outside the vocabulary: ids go from 0 to {vocab_size - 1}.")
+            raise UserError(
+                f"The {what} hold {value} at index {index}, outside the vocabulary: ids go from 0 to {vocab_size - 1}."
+            )
     return values
 
 
@@ -30,12 +32,14 @@ def _integers(values: TokenIds, what: str) -> list[int]:
         if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise UserError(f"The {what} are a tensor {list(values.shape)} of {values.dtype}: give integers in one dimension.")
         return [int(value) for value in values.tolist()]
+    if not isinstance(values, Iterable):
+        raise UserError(f"The {what} are {values!r:.60}: give a list of integers.")
     result = []
     for value in values:
         try:
             result.append(value.__index__())
         except AttributeError:
-            raise UserError(f"The {what} contain {value!r:.60}: give integers.") from None
+            raise UserError(f"The {what} hold {value!r:.60}: give integers.") from None
     return result
 
 

@@ -1,8 +1,8 @@
 """Finds the parameters of a GPT-OSS model among a checkpoint's tensors, in each of the three layouts.
 
-Hugging Face bf16 (the names are the reference's own), Hugging Face MXFP4 (experts as `_blocks` and `_scales`), and OpenAI's `original/`
-(own names; q, k and v fused; experts' matrices stored a row per output). No values are read; all that does not fit is listed in one
-error.
+Hugging Face bf16 (the names are the reference's own), Hugging Face MXFP4 (experts as `_blocks` and `_scales`), and OpenAI's
+`original/` (own names; q, k and v fused; experts' matrices stored a row per output). No values are read; all that does not fit
+is listed in one error.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def tensor_sources(checkpoint: Checkpoint, config: GptOssConfig, task: str) -> d
     """
     method = (config.extra.get("quantization_config") or {}).get("quant_method", "mxfp4")
     if method != "mxfp4":
-        raise UserError(f"The checkpoint is quantised by {method!r}; oxfuse reads MXFP4 and unquantised GPT-OSS checkpoints. Use one.")
+        raise UserError(
+            f"The checkpoint is quantised by {method!r}; oxfuse reads MXFP4 and unquantised GPT-OSS checkpoints. Use one."
+        )
     with torch.device("meta"):
         bare = task == "feature-extraction"
         model = GptOssModel(config) if bare else GptOssForCausalLM(config)
@@ -136,7 +138,7 @@ class _Finder:
         return whole and RowsOf(name=rows, shape=shape, dtype=whole.dtype, whole=whole, start=start)
 
     def pass_over_head(self, bare: bool) -> None:
-        """Accept a head that the reference does not have: a bare model needs none, a tied one must have the embeddings' values."""
+        """Accept a head that the reference does not have: a bare model needs none, a tied one must be the embeddings."""
         head, embedding = (self.tensors.get(self.stored_name(name)) for name in (_HEAD, _EMBEDDING))
         if head is None or head.name in self.used or not (bare or self.config.tie_word_embeddings):
             return
@@ -159,7 +161,7 @@ class _Finder:
         if parts:
             where = self.checkpoint.folder or "The module"
             raise UserError(
-                f"{where}: the tensors do not fit config.json. {' '.join(parts)} Correct config.json, or get the checkpoint again."
+                f"{where}: the tensors do not fit config.json. {' '.join(parts)} Correct config.json, or get the files again."
             )
 
 

@@ -105,9 +105,10 @@ class GptOssConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.layer_types is MISSING:
-            kinds = tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
-            object.__setattr__(self, "layer_types", kinds)
+        kinds: object = self.layer_types
+        if kinds is MISSING:
+            alternate = tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
+            object.__setattr__(self, "layer_types", alternate)
 
     def _validate(self) -> None:
         for name in _SIZES:
@@ -183,7 +184,7 @@ def _resolve_aliases(values: dict[str, Any]) -> None:
 def _rope_parameters(rope_parameters: Any, rope_scaling: Any, rope_theta: Any, config: GptOssConfig) -> dict[str, Any]:
     """Return the rotation's numbers, resolved in the order of transformers 5.23 (modeling_rope_utils.py)."""
     given = rope_scaling or rope_parameters
-    rope = dict(_RELEASED_YARN) if given is None else given
+    rope: Any = dict(_RELEASED_YARN) if given is None else given
     _check("rope_parameters", rope, isinstance(rope, Mapping), "an object or null")
     nested = rope.keys() & {SLIDING, FULL}
     _check("rope_parameters", rope, not nested, "one object for all layers: other rotations per layer type are not GPT-OSS")

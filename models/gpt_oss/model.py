@@ -16,12 +16,8 @@ from oxfuse.models.contract import Experts
 from oxfuse.models.gpt_oss.config import GptOssConfig
 from oxfuse.models.losses import causal_lm_loss, load_balancing_loss
 from oxfuse.models.outputs import MoeCausalLMOutput, MoeModelOutput
+from oxfuse.models.precision import widened
 from oxfuse.models.rotary import RotaryEmbedding, rotate
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return x in promote(dtype, float32)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GptOssRMSNorm(nn.Module):
@@ -111,8 +107,8 @@ class GptOssExperts(Experts):
     def forward(self, x: Tensor, router_indices: Tensor, routing_weights: Tensor, first: int = 0) -> Tensor:
         """Return what the experts first..first + n contribute to each token, [T, H]; n is dim 0 of the parameters.
 
-        x [T, H], router_indices and routing_weights [T, k]. Every expert runs on every token; one that a token did not choose has no
-        influence on it, NaN included.
+        x [T, H], router_indices and routing_weights [T, k]. Every expert runs on every token; one that a token did not choose
+        has no influence on it, NaN included.
         """
         gate_up = widened(torch.matmul(x, self.gate_up_proj) + self.gate_up_proj_bias[:, None])  # [n, T, 2I]
         gate = gate_up[..., 0::2].clamp(max=self.limit)
@@ -190,15 +186,17 @@ class GptOssModel(nn.Module):
 
         Exactly one of input_ids int64 [B, S] and inputs_embeds [B, S, H]. attention_mask [B, past + S]: 0 hides a key.
         position_ids int64 [B, S] or [1, S] turn the rotation and nothing else; by default past + arange(S), padding counted.
-        past_key_values is extended in place. cache_position is accepted for old callers and unread: the cache knows its length. What is
-        None defaults to the configuration. Raises UserError on inputs that do not fit together.
+        past_key_values is extended in place. cache_position is accepted for old callers and unread: the cache knows its length.
+        What is None defaults to the configuration. Raises UserError on inputs that do not fit together.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             found = "neither" if input_ids is None else "both"
             raise UserError(f"Found {found} of input_ids and inputs_embeds. Give exactly one.")
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
-            raise UserError(f"past_key_values is a {type(past_key_values).__name__}. Give what an earlier call returned, or None.")
+            raise UserError(
+                f"past_key_values is a {type(past_key_values).__name__}. Give what an earlier call returned, or None."
+            )
         cache = past_key_values
         if cache is None and _chosen(use_cache, config.use_cache):
             cache = KVCache()
@@ -249,7 +247,7 @@ class GptOssModel(nn.Module):
         return {kind: mask & attention_mask.bool()[:, None, None] for kind, mask in masks.items()}
 
     def _initialise(self, module: nn.Module) -> None:
-        """Fill a module's own parameters as transformers does: normal weights, biases 0; sinks and the router normal throughout."""
+        """Fill a module's own parameters as transformers does: normal weights, biases 0 but for the router's."""
         std = self.config.initializer_range
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, GptOssRMSNorm):
@@ -296,8 +294,8 @@ class GptOssForCausalLM(nn.Module):
     ) -> MoeCausalLMOutput | tuple[object, ...]:
         """Run the model; arguments as for GptOssModel.
 
-        labels int64 [B, S], -100 ignored, are shifted here. logits_to_keep: the last n tokens (0: all), or their indices, int64 [R].
-        With output_router_logits the load-balancing loss comes along and is added to the loss times router_aux_loss_coef.
+        labels int64 [B, S], -100 ignored, are shifted here. logits_to_keep: how many of the last tokens (0: all), or indices,
+        int64 [R]. With output_router_logits the load-balancing loss comes along and is added to the loss times router_aux_loss_coef.
         num_items_in_batch divides the loss's sum instead of the number of labels.
         """
         config = self.config

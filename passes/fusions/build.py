@@ -35,7 +35,7 @@ LEVELS = {
     "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
 }
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall"),
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     # Products and sums may fuse, nothing else may change: NaN and infinities keep their meaning.
     *("-ffp-contract=fast", "-fno-math-errno", "-fopenmp-simd"),
     # The oldest torch that oxfuse takes: newer headers then offer just what that one has.

@@ -119,25 +119,27 @@ struct Mxfp4 {
   static constexpr int STEP = 32 / LANES;
   const uint8_t* row[NR];
   const uint8_t* scale[NR];
-  const float* power;  // [256]: 2^(byte - 128), half of what the byte means, for the table below holds doubled values
+  const float* power;  // [256]: 2^(byte - 127)
   void vectors(int r, int64_t k, Floats* out) const {
-    const float factor = power[scale[r][k / 32]];
-#if defined(__AVX512F__) || defined(__AVX2__)
+    const float factor = power[scale[r][k >> 5]];
+#ifdef __AVX512F__
+    const __m512 table = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, 0, -.5f, -1, -1.5f, -2, -3, -4, -6);
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + (k >> 1))));
+    out[0] = _mm512_permutexvar_ps(bytes, table) * factor;  // it looks at the low four bits alone
+    out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table) * factor;
+#elif defined(__AVX2__)
+    // Twice the value is an integer, which a byte shuffle can look up.
     const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), mask = _mm_set1_epi8(15);
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + k / 2));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + (k >> 1)));
     const __m128i low = _mm_shuffle_epi8(table, _mm_and_si128(bytes, mask));
     const __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(bytes, 4), mask));
-#ifdef __AVX512F__
-    out[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)) * factor;
-    out[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)) * factor;
+    const Floats half = splat(factor * 0.5f);
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)) * half;
+    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(low, 8))) * half;
+    out[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)) * half;
+    out[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8))) * half;
 #else
-    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)) * factor;
-    out[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(low, 8))) * factor;
-    out[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)) * factor;
-    out[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(high, 8))) * factor;
-#endif
-#else
-    constexpr float table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    constexpr float table[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, 0, -.5f, -1, -1.5f, -2, -3, -4, -6};
     float values[32];
     for (int i = 0; i < 16; ++i) {
       const uint8_t byte = row[r][k / 2 + i];
@@ -151,7 +153,7 @@ struct Mxfp4 {
 struct Powers {
   float of[256];
   Powers() {
-    for (int byte = 0; byte < 256; ++byte) of[byte] = std::ldexp(1.f, byte - 128);
+    for (int byte = 0; byte < 256; ++byte) of[byte] = std::ldexp(1.f, byte - 127);
   }
 };
 

@@ -39,8 +39,13 @@ def moe_dispatch(
         raise NotImplementedError(f"oxfuse::moe_dispatch has no kernel for device {x.device}; it runs on cpu.")
     tokens = x.flatten(0, -2)
     indices, weights = route(tokens, router_weight, router_bias, top_k)
-    outputs = experts(tokens, gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias, alpha, limit)
-    return combine(outputs, indices, weights).to(x.dtype).reshape(x.shape).contiguous()
+    total = torch.zeros_like(tokens, dtype=weights.dtype)
+    for first in range(gate_up.shape[0]):  # one at a time: all experts of a layer in float32 may be more than the memory
+        one = slice(first, first + 1)
+        gate_up_scale, down_scale = (None if scales is None else scales[one] for scales in (gate_up_scales, down_scales))
+        output = experts(tokens, gate_up[one], gate_up_scale, gate_up_bias[one], down[one], down_scale, down_bias[one], alpha, limit)
+        total = total + combine(output, indices, weights, first)
+    return total.to(x.dtype).reshape(x.shape).contiguous()
 
 
 def route(x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -102,4 +107,9 @@ def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype)
 
 
+def _fake(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 torch.library.triton_op("oxfuse::moe_dispatch", moe_dispatch, mutates_args=())
+torch.library.register_fake("oxfuse::moe_dispatch", _fake, allow_override=True)  # the body's own would be slow

@@ -38,5 +38,16 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (scaled * weight.to(wide.dtype)).to(x.dtype)
 
 
+def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_with_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
 torch.library.triton_op("oxfuse::rms_norm", rms_norm, mutates_args=())
 torch.library.triton_op("oxfuse::add_rms_norm", add_rms_norm, mutates_args=())
+# By default the fake of a triton_op is its body: running that on fake tensors would make most of an export's time.
+torch.library.register_fake("oxfuse::rms_norm", _fake, allow_override=True)
+torch.library.register_fake("oxfuse::add_rms_norm", _fake_with_sum, allow_override=True)

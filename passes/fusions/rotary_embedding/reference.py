@@ -32,4 +32,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, x[..., 2 * half :]], -1).contiguous()
 
 
+def _fake(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
 torch.library.triton_op("oxfuse::rotary_embedding", rotary_embedding, mutates_args=())
+torch.library.register_fake("oxfuse::rotary_embedding", _fake, allow_override=True)  # the body's own would be slow

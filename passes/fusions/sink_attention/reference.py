@@ -105,5 +105,12 @@ def _store(new: Tensor, cache: Tensor, slots: Tensor) -> None:
     cache.index_put_((targets // block_size, targets % block_size), values)
 
 
+def _fake(q: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 torch.library.triton_op("oxfuse::sink_attention_dense", sink_attention_dense, mutates_args=())
 torch.library.triton_op("oxfuse::sink_attention", sink_attention, mutates_args=("k_cache", "v_cache"))
+# By default the fake of a triton_op is its body: running that on fake tensors would make most of an export's time.
+torch.library.register_fake("oxfuse::sink_attention_dense", _fake, allow_override=True)
+torch.library.register_fake("oxfuse::sink_attention", _fake, allow_override=True)
