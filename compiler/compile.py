@@ -89,7 +89,7 @@ def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> None:
         with phases("build C++ ops"):
             ops = building.result()
             load_ops(ops)
-            use_ops(program, ops.names)
+            use_ops(program.graph_module, ops.names)
     with phases("compile program"):
         lowered = lower(program, programs / "step", plan.level)
     constants = {name: fused.stored_name(name) for name in lowered.constants}

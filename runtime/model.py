@@ -324,9 +324,7 @@ def check_weights(folder: Path, manifest: Manifest, progress: Callable[[int], ob
     """Hash every tensor of the weight files; `progress` gets the bytes hashed. Raises UserError naming those that differ."""
     for weights in manifest.weights:
         if wrong := list(damaged_weights(weights, hash_weights(folder, weights, progress))):
-            raise damaged(
-                folder / weights.path, f"has other values than were compiled in {len(wrong)} tensors, such as {wrong[0]}"
-            )
+            raise damaged(folder / weights.path, f"has changed since it was compiled, in {len(wrong)} tensors such as {wrong[0]}")
 
 
 def _read_report(folder: Path) -> dict[str, Any] | None:

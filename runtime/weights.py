@@ -40,7 +40,7 @@ DTYPES = {
 HEADER_LIMIT = 100_000_000
 """Longest header that safetensors itself accepts, in bytes."""
 
-HASH_CHUNK = 1 << 24
+HASH_CHUNK = 1 << 20
 """Bytes hashed between two reports of progress."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from oxfuse.errors import InternalError
@@ -49,18 +50,18 @@ def options(level: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-def use_ops(program: ExportedProgram, names: Mapping[str, str]) -> int:
-    """Let the program call other implementations of its ops; return how many calls changed.
+def use_ops(module: fx.GraphModule, names: Mapping[str, str]) -> int:
+    """Let a graph call other implementations of its ops; return how many calls changed.
 
     `names` maps qualified names, `oxfuse::sink_attention` to `oxfuse::sink_attention_<tag>`, of the same schema.
     """
     targets = {f"{old}": _op(new) for old, new in names.items()}
     changed = 0
-    for node in program.graph.nodes:
+    for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in targets:
             node.target = targets[node.target.name().split(".")[0]]
             changed += 1
-    program.graph_module.recompile()
+    module.recompile()
     return changed
 
 

@@ -295,8 +295,8 @@ class GptOssForCausalLM(nn.Module):
         """Run the model; arguments as for GptOssModel.
 
         labels int64 [B, S], -100 ignored, are shifted here. logits_to_keep: how many of the last tokens (0: all), or indices,
-        int64 [R]. With output_router_logits the load-balancing loss comes along and is added to the loss times router_aux_loss_coef.
-        num_items_in_batch divides the loss's sum instead of the number of labels.
+        int64 [R]. With output_router_logits the load-balancing loss comes along, and is added to the loss times
+        router_aux_loss_coef. num_items_in_batch divides the loss's sum instead of the number of labels.
         """
         config = self.config
         balanced = _chosen(output_router_logits, config.output_router_logits)

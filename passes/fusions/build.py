@@ -136,8 +136,9 @@ def _compile(kernels: list[CpuKernel], command: list[str], out: Path) -> None:
     unit = "".join(f'#include "{kernel.source.absolute().as_posix()}"\n' for kernel in kernels)
     handle, partial = tempfile.mkstemp(suffix=".so", prefix=f".{out.name}.", dir=out.parent)
     os.close(handle)
-    # Messages name sources relative to the package, whoever built the library; nothing of this machine's paths is shipped.
-    paths = [f"-ffile-prefix-map={HERE}=oxfuse", f"-ffile-prefix-map={root}=torch", f"-isystem{root}/include", f"-L{root}/lib"]
+    # Nothing of this machine's paths is shipped: torch's macros put the names of source files into the library.
+    folders = {kernel.source.absolute().parent for kernel in kernels} | {HERE, root}
+    paths = [*(f"-ffile-prefix-map={folder}={folder.name}" for folder in sorted(folders)), f"-isystem{root}/include", f"-L{root}/lib"]
     libraries = ["-ltorch_cpu", "-Wl,--no-undefined", "-Wl,-soname,liboxfuse_ops.so"]
     try:
         done = subprocess.run([*command, *paths, "-xc++", "-", "-o", partial, *libraries], input=unit, capture_output=True, text=True)

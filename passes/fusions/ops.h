@@ -27,22 +27,37 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::parallel_for;
 
+// Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
+// macro would cost a stream for each.
+#define OXFUSE_CHECK(condition, message) \
+  if (!(condition)) throw std::runtime_error(std::string("oxfuse: ") + (message))
+
+inline std::string text(int64_t value) { return std::to_string(value); }
+
+inline std::string text(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + text(shape[i]);
+  return out + "]";
+}
+
 inline std::vector<int64_t> sizes(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 inline void check_shape(const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
-  if (sizes(x) == expected) return;
-  std::ostringstream text;
-  text << "oxfuse: " << name << " has shape [";
-  for (int64_t size : sizes(x)) text << ' ' << size;
-  text << " ], expected [";
-  for (int64_t size : expected) text << ' ' << size;
-  text << " ]";
-  throw std::runtime_error(text.str());
+  OXFUSE_CHECK(sizes(x) == expected, std::string(name) + " has shape " + text(sizes(x)) + ", expected " + text(expected));
 }
 
-inline void check_dtype(const char* name, const Tensor& x, ScalarType expected) {
-  STD_TORCH_CHECK(x.scalar_type() == expected, "oxfuse: ", name, " has dtype ", static_cast<int>(x.scalar_type()), ", expected ",
-                  static_cast<int>(expected), " (torch's ScalarType)");
+inline std::string dtype_name(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Byte: return "uint8";
+    default: return "ScalarType " + text(static_cast<int64_t>(x.scalar_type()));
+  }
+}
+
+inline void check_dtype(const char* name, const Tensor& x, const char* expected) {
+  OXFUSE_CHECK(dtype_name(x) == expected, std::string(name) + " has dtype " + dtype_name(x) + ", expected " + expected);
 }
 
 template <class T>
@@ -52,22 +67,24 @@ const T* data(const Tensor& x) {
 
 // Calls body(T{}) with the C++ type of a tensor of activations.
 template <class Body>
-auto with_type(const char* name, const Tensor& x, Body&& body) {
+void with_type(const char* name, const Tensor& x, Body&& body) {
   if (x.scalar_type() == ScalarType::Float) return body(float{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "oxfuse: ", name, " must be float32 or bfloat16, found ScalarType ",
-                  static_cast<int>(x.scalar_type()));
-  return body(bfloat16{});
+  OXFUSE_CHECK(x.scalar_type() == ScalarType::BFloat16, std::string(name) + " has dtype " + dtype_name(x) + ", expected float32 or bfloat16");
+  body(bfloat16{});
 }
 
-// A contiguous copy in float32 of a small tensor: biases, sinks, frequencies.
-inline std::vector<float> floats(const char* name, const Tensor& x) {
-  const Tensor whole = torch::stable::contiguous(x);
-  std::vector<float> out(whole.numel());
-  with_type(name, whole, [&](auto type) {
-    const auto* values = data<decltype(type)>(whole);
-    for (size_t i = 0; i < out.size(); ++i) out[i] = widen(values[i]);
-  });
-  return out;
-}
+// Reads single values of a small tensor as float32, whichever of the two dtypes it has: biases, sinks, frequencies.
+class Values {
+ public:
+  Values(const char* name, const Tensor& x) : whole_(torch::stable::contiguous(x)), data_(whole_.data_ptr()) {
+    with_type(name, whole_, [&](auto type) { half_ = std::is_same_v<decltype(type), bfloat16>; });
+  }
+  float operator[](int64_t i) const { return half_ ? widen(static_cast<const bfloat16*>(data_)[i]) : static_cast<const float*>(data_)[i]; }
+
+ private:
+  Tensor whole_;
+  const void* data_;
+  bool half_ = false;
+};
 
 }  // namespace oxfuse

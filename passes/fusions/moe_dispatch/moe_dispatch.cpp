@@ -129,8 +129,7 @@ static void choose(const float* logits, int64_t experts, int64_t k, int64_t* cho
 }
 
 template <class T>
-static Routing route(const float* const* x, int64_t tokens, const T* router, const std::vector<float>& bias, int64_t hidden, int64_t k) {
-  const int64_t experts = bias.size();
+static Routing route(const float* const* x, int64_t tokens, const T* router, const Values& bias, int64_t experts, int64_t hidden, int64_t k) {
   Routing out;
   out.weight.resize(tokens * k);
   out.row.resize(tokens * k);
@@ -178,8 +177,8 @@ static void for_each_product(const W& weights, const Routing& routing, const std
 
 // One step of at most as many tokens as STEP_BYTES allows. x: rows of float32 in the order of `W::place`, padded.
 template <class T, class W>
-static void run_experts(const Routing& routing, const std::vector<const float*>& x, const W& gate_up, const std::vector<float>& gate_up_bias,
-                        const W& down, const std::vector<float>& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
+static void run_experts(const Routing& routing, const std::vector<const float*>& x, const W& gate_up, const Values& gate_up_bias,
+                        const W& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
   const int64_t rows = tokens * k, width = gate_up.rows / 2, stride = round_up(width, 32), hidden = down.rows;
   std::unique_ptr<float[]> inner(new float[rows * stride]), outer(new float[rows * hidden]);
   for (int64_t row = 0; row < rows; ++row) std::fill(&inner[row * stride] + width, &inner[row * stride] + stride, 0.f);
@@ -218,9 +217,9 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
                            const std::optional<Tensor>& gate_up_scales, const Tensor& gate_up_bias, const Tensor& down,
                            const std::optional<Tensor>& down_scales, const Tensor& down_bias, int64_t top_k, double alpha, double limit) {
   const int64_t experts = router_weight.size(0), hidden = router_weight.size(1), width = gate_up_bias.size(1) / 2;
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == hidden, "oxfuse: x must end in the router's ", hidden, " features");
-  STD_TORCH_CHECK(1 <= top_k && top_k <= experts, "oxfuse: top_k ", top_k, " of ", experts, " experts");
-  STD_TORCH_CHECK(gate_up_scales.has_value() == down_scales.has_value(), "oxfuse: both or neither of gate_up and down are MXFP4");
+  OXFUSE_CHECK(x.dim() >= 1 && x.size(-1) == hidden, "x must end in the router's " + text(hidden) + " features");
+  OXFUSE_CHECK(1 <= top_k && top_k <= experts, "top_k " + text(top_k) + " of " + text(experts) + " experts");
+  OXFUSE_CHECK(gate_up_scales.has_value() == down_scales.has_value(), "both or neither of gate_up and down are MXFP4");
   check_shape("router_bias", router_bias, {experts});
   check_shape("gate_up_bias", gate_up_bias, {experts, 2 * width});
   check_shape("down_bias", down_bias, {experts, hidden});
@@ -229,23 +228,22 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
     check_shape("gate_up_scales", *gate_up_scales, {experts, 2 * width, hidden / 32});
     check_shape("down", down, {experts, hidden, width / 32, 16});
     check_shape("down_scales", *down_scales, {experts, hidden, width / 32});
-    STD_TORCH_CHECK(hidden % 32 == 0 && width % 32 == 0, "oxfuse: MXFP4 needs sizes that 32 divides, found ", hidden, " and ", width);
-    for (const Tensor* bytes : {&gate_up, &*gate_up_scales, &down, &*down_scales}) check_dtype("an MXFP4 tensor", *bytes, ScalarType::Byte);
+    OXFUSE_CHECK(hidden % 32 == 0 && width % 32 == 0, "MXFP4 needs sizes that 32 divides, found " + text(hidden) + " and " + text(width));
+    for (const Tensor* bytes : {&gate_up, &*gate_up_scales, &down, &*down_scales}) check_dtype("an MXFP4 tensor", *bytes, "uint8");
   } else {
     check_shape("gate_up", gate_up, {experts, 2 * width, hidden});
     check_shape("down", down, {experts, hidden, width});
-    check_dtype("gate_up", gate_up, x.scalar_type());
-    check_dtype("down", down, x.scalar_type());
+    check_dtype("gate_up", gate_up, dtype_name(x).c_str());
+    check_dtype("down", down, dtype_name(x).c_str());
   }
-  check_dtype("router_weight", router_weight, x.scalar_type());
+  check_dtype("router_weight", router_weight, dtype_name(x).c_str());
   // Weights are mapped files: a silent copy would cost their size in memory.
-  STD_TORCH_CHECK(gate_up.is_contiguous() && down.is_contiguous() && router_weight.is_contiguous() &&
+  OXFUSE_CHECK(gate_up.is_contiguous() && down.is_contiguous() && router_weight.is_contiguous() &&
                       (!gate_up_scales || (gate_up_scales->is_contiguous() && down_scales->is_contiguous())),
-                  "oxfuse: weights must be contiguous");
+                  "weights must be contiguous");
 
   const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
-  const std::vector<float> router_b = floats("router_bias", router_bias), gate_up_b = floats("gate_up_bias", gate_up_bias),
-                           down_b = floats("down_bias", down_bias);
+  const Values router_b("router_bias", router_bias), gate_up_b("gate_up_bias", gate_up_bias), down_b("down_bias", down_bias);
   const int64_t tokens = hidden ? x.numel() / hidden : 0, stride = round_up(hidden, 32);
   const int64_t step = std::max<int64_t>(1, STEP_BYTES / (4 * top_k * (width + hidden)));
   with_type("x", x, [&](auto type) {
@@ -265,7 +263,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
           for (int64_t i = 0; i < hidden; ++i) other[interleaved(i)] = row[i];
         rows[t] = row, routed[t] = other;
       }
-      const Routing routing = route(rows.data(), count, router, router_b, hidden, top_k);
+      const Routing routing = route(rows.data(), count, router, router_b, experts, hidden, top_k);
       T* result = static_cast<T*>(out.data_ptr()) + begin * hidden;
       const auto run = [&](const auto& first, const auto& second) {
         run_experts(routing, routed, first, gate_up_b, second, down_b, count, top_k, static_cast<float>(alpha), static_cast<float>(limit), result);

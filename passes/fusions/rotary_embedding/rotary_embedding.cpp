@@ -24,12 +24,12 @@ static std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q, const Tensor
   check_shape("q", q, shape);
   shape[shape.size() - 2] = kv_heads;
   check_shape("k", k, shape);
-  check_dtype("k", k, q.scalar_type());
-  check_dtype("positions", positions, ScalarType::Long);
-  STD_TORCH_CHECK(2 * half <= dim, "oxfuse: ", half, " frequencies turn ", 2 * half, " dims, but a head has ", dim);
+  check_dtype("k", k, dtype_name(q).c_str());
+  check_dtype("positions", positions, "int64");
+  OXFUSE_CHECK(2 * half <= dim, text(half) + " frequencies turn " + text(2 * half) + " dims, but a head has " + text(dim));
   const Tensor q_in = torch::stable::contiguous(q), k_in = torch::stable::contiguous(k), index = torch::stable::contiguous(positions);
   const Tensor q_out = torch::stable::new_empty(q, q.sizes()), k_out = torch::stable::new_empty(k, k.sizes());
-  const std::vector<float> freq = floats("inv_freq", inv_freq);
+  const Values freq("inv_freq", inv_freq);
   with_type("q", q, [&](auto type) {
     using T = decltype(type);
     parallel_for(0, tokens, 1 + 16384 / ((heads + kv_heads) * dim + 1), [&](int64_t begin, int64_t end) {

@@ -108,30 +108,30 @@ class Group {
 };
 
 static void check_cache(const char* name, const Tensor& cache, const Tensor& k) {
-  STD_TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous(), "oxfuse: ", name,
-                  " must be a contiguous [blocks, block_size, KV, D]: it is changed in place");
+  OXFUSE_CHECK(cache.dim() == 4 && cache.is_contiguous(),
+               std::string(name) + " must be a contiguous [blocks, block_size, KV, D]: it is changed in place");
   check_shape(name, cache, {cache.size(0), cache.size(1), k.size(1), k.size(2)});
-  check_dtype(name, cache, k.scalar_type());
+  check_dtype(name, cache, dtype_name(k).c_str());
 }
 
 static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sink, const Tensor& k_cache,
                              const Tensor& v_cache, const Tensor& query_start, const Tensor& kv_lens, const Tensor& slots,
                              const Tensor& block_table, int64_t window, double scale) {
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && window >= 0, "oxfuse: expected q [T, NH, D], k [T, KV, D] and a window of at least 0");
+  OXFUSE_CHECK(q.dim() == 3 && k.dim() == 3 && window >= 0, "expected q [T, NH, D], k [T, KV, D] and a window of at least 0");
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = k.size(1), sequences = kv_lens.size(0);
   check_shape("k", k, {tokens, kv_heads, dim});
   check_shape("v", v, {tokens, kv_heads, dim});
   check_cache("k_cache", k_cache, k);
   check_cache("v_cache", v_cache, k);
   check_shape("v_cache", v_cache, sizes(k_cache));
-  check_dtype("k", k, q.scalar_type());
-  check_dtype("v", v, q.scalar_type());
+  check_dtype("k", k, dtype_name(q).c_str());
+  check_dtype("v", v, dtype_name(q).c_str());
   check_shape("query_start", query_start, {sequences + 1});
   check_shape("slots", slots, {tokens});
   check_shape("block_table", block_table, {sequences, block_table.size(-1)});
-  for (const Tensor* index : {&query_start, &kv_lens, &slots, &block_table}) check_dtype("an index tensor", *index, ScalarType::Long);
-  STD_TORCH_CHECK(sequences >= 1, "oxfuse: no sequence");
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "oxfuse: ", heads, " query heads cannot share ", kv_heads, " KV heads");
+  for (const Tensor* index : {&query_start, &kv_lens, &slots, &block_table}) check_dtype("an index tensor", *index, "int64");
+  OXFUSE_CHECK(sequences >= 1 && block_table.dim() == 2, "expected block_table [N, M] of at least one sequence");
+  OXFUSE_CHECK(kv_heads > 0 && heads % kv_heads == 0, text(heads) + " query heads cannot share " + text(kv_heads) + " KV heads");
   if (sink) check_shape("sink", *sink, {heads});
 
   const int64_t blocks = k_cache.size(0), block_size = k_cache.size(1), columns = block_table.size(1), group = heads / kv_heads;
@@ -140,25 +140,28 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
                slots_in = torch::stable::contiguous(slots), table_in = torch::stable::contiguous(block_table);
   const int64_t *start = data<int64_t>(starts_in), *lens = data<int64_t>(lens_in), *slot = data<int64_t>(slots_in),
                 *table = data<int64_t>(table_in);
-  const std::vector<float> sinks = sink ? floats("sink", *sink) : std::vector<float>();
+  std::vector<float> sinks(sink ? heads : 0);
+  for (size_t h = 0; h < sinks.size(); ++h) sinks[h] = Values("sink", *sink)[h];
   const Tensor out = torch::stable::new_empty(q, q.sizes());
 
   // Everything that an index could point outside of is checked here, once, before memory is touched.
   std::vector<int64_t> owner(tokens, -1), index(tokens, -1);  // of each token: its sequence, and its place in it
   for (int64_t n = 0; n < sequences; ++n) {
-    STD_TORCH_CHECK(0 <= start[n] && start[n] <= start[n + 1] && start[n + 1] <= tokens, "oxfuse: query_start must rise from 0 to ", tokens,
-                    ", found ", start[n], ", ", start[n + 1]);
+    OXFUSE_CHECK(0 <= start[n] && start[n] <= start[n + 1] && start[n + 1] <= tokens,
+                 "query_start must rise from 0 to " + text(tokens) + ", found " + text(start[n]) + ", " + text(start[n + 1]));
     const int64_t fresh = start[n + 1] - start[n], oldest = std::max<int64_t>(0, lens[n] - fresh);
     for (int64_t t = start[n]; t < start[n + 1]; ++t) owner[t] = n, index[t] = lens[n] - (start[n + 1] - t);
     if (!fresh || lens[n] <= 0) continue;
-    STD_TORCH_CHECK(lens[n] <= columns * block_size, "oxfuse: a sequence of ", lens[n], " keys needs more than ", columns, " blocks of ", block_size);
+    OXFUSE_CHECK(lens[n] <= columns * block_size, "a sequence of " + text(lens[n]) + " keys needs more than " + text(columns) +
+                                                      " blocks of " + text(block_size));
     const int64_t first = window ? std::max<int64_t>(0, oldest - window + 1) : 0;
-    for (int64_t m = first / block_size; m <= (lens[n] - 1) / block_size; ++m)
-      STD_TORCH_CHECK(0 <= table[n * columns + m] && table[n * columns + m] < blocks, "oxfuse: block_table names block ",
-                      table[n * columns + m], " of ", blocks);
+    for (int64_t m = first / block_size; m <= (lens[n] - 1) / block_size; ++m) {
+      const int64_t block = table[n * columns + m];
+      OXFUSE_CHECK(0 <= block && block < blocks, "block_table names block " + text(block) + " of " + text(blocks));
+    }
   }
   for (int64_t t = 0; t < tokens; ++t)
-    STD_TORCH_CHECK(-1 <= slot[t] && slot[t] < blocks * block_size, "oxfuse: slot ", slot[t], " is outside of the cache");
+    OXFUSE_CHECK(-1 <= slot[t] && slot[t] < blocks * block_size, "slot " + text(slot[t]) + " is outside of the cache");
 
   with_type("q", q, [&](auto type) {
     using T = decltype(type);

@@ -1,0 +1,31 @@
+"""The C++ ops, built once for this machine's best level and once for AVX2, which takes the other widths of every loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops, resolve_isa
+
+_built: dict[str, OpsBuild] = {}
+
+
+@pytest.fixture(scope="session", params=["native", "x86-64-v3"])
+def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
+    level, needed = resolve_isa(request.param)
+    if not set(needed) <= set(resolve_isa("native")[1]):
+        pytest.skip(f"this CPU does not have {level}")
+    if level not in _built:
+        _built[level] = build_ops(cpu_kernels(), level, tmp_path_factory.mktemp("ops") / "ops.so")
+        load_ops(_built[level])
+    return _built[level]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,180 @@
+"""The library of C++ ops: what is built, how it is loaded, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from oxfuse.errors import InternalError, UserError
+from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops, resolve_isa
+from oxfuse.passes.fusions.contract import CpuKernel
+from oxfuse.passes.fusions.moe_dispatch.cases import CASES as MOE
+from oxfuse.passes.fusions.sink_attention.cases import CASES as ATTENTION
+
+
+def case(cases: tuple, name: str) -> tuple:
+    (found,) = (c for c in cases if c.name == name and c.op != "oxfuse::sink_attention_dense")
+    return found.args(torch.float32)
+
+
+def cpp(ops: OpsBuild, name: str):
+    return getattr(torch.ops.oxfuse, ops.names[f"oxfuse::{name}"].removeprefix("oxfuse::"))
+
+
+def test_a_copy_of_a_loaded_library_is_left_alone(ops: OpsBuild, tmp_path: Path) -> None:
+    copy = dataclasses.replace(ops, path=Path(shutil.copy(ops.path, tmp_path / "copy.so")))
+    load_ops(ops)
+    load_ops(copy)
+
+
+def test_two_builds_live_in_one_process(ops: OpsBuild, tmp_path: Path) -> None:
+    (kernel,) = (k for k in cpu_kernels() if k.source.name == "rotary_embedding.cpp")
+    other = build_ops([kernel], ops.isa, tmp_path / "other.so")
+    assert other.tag != ops.tag and set(other.names) == {"oxfuse::rotary_embedding"}
+    load_ops(other)
+    args = (torch.randn(2, 2, 4), torch.randn(2, 1, 4), torch.arange(2), torch.ones(2), 1.0)
+    for a, b in zip(cpp(other, "rotary_embedding")(*args), cpp(ops, "rotary_embedding")(*args), strict=True):
+        assert torch.equal(a, b)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_tag_follows_the_sources(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    schema = 'OXFUSE_OP(nothing, "(Tensor x) -> Tensor")'
+    text = f'#include "ops.h"\nnamespace oxfuse {{ static Tensor nothing(const Tensor& x) {{ return x; }} }}\n{schema}\n'
+    header = Path(build_ops.__code__.co_filename).parent / "ops.h"
+    tags = set()
+    for folder, comment in (("a", ""), ("b", "// other\n")):
+        (source := tmp_path / folder / "nothing.cpp").write_text(text.replace("ops.h", str(header)) + comment)
+        build = build_ops([CpuKernel(source=source, ops={"oxfuse::rms_norm": "nothing"})], "native", tmp_path / folder / "x.so")
+        tags.add(build.tag)
+        assert str(tmp_path).encode() not in build.path.read_bytes()
+    assert len(tags) == 2
+    with pytest.raises(InternalError, match="is not registered"):
+        load_ops(dataclasses.replace(build, names={"oxfuse::rms_norm": "oxfuse::elsewhere_00"}))
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (source := tmp_path / "broken.cpp").write_text("#error this is broken\n")
+    with pytest.raises(UserError, match="this is broken"):
+        build_ops([CpuKernel(source=source, ops={"oxfuse::x": "x"})], "native", tmp_path / "x.so")
+    with pytest.raises(UserError, match="no-such-compiler was not found"):
+        build_ops([], "native", tmp_path / "x.so", compiler="no-such-compiler")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_isa_names() -> None:
+    with pytest.raises(UserError, match="avx512 is unknown|'avx512' is unknown"):
+        resolve_isa("avx512")
+    v3, v4 = set(resolve_isa("x86-64-v3")[1]), set(resolve_isa("x86-64-v4")[1])
+    assert {"avx2", "fma", "ssse3"} <= v3 < v4 and "avx512f" in v4 - v3
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert set(resolve_isa("native")[1]) <= flags
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
+def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", ops.path], capture_output=True, text=True, check=True).stdout
+    register = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}[ops.isa]
+    assert len(re.findall(rf"vfmadd\w*ps .*%{register}", text)) > 200
+    assert ops.isa == "x86-64-v4" or "zmm" not in text
+    for loop in ("Mxfp4", "DenseIf", "DenseI8bfloat16"):  # as mangled; the accumulators of one tile stay in registers
+        for match in re.finditer(rf"<\S*advance_stepsI?\S*{loop}\S*>:\n(.*?)\n\n", text.replace("_ZN", "<_ZN"), re.S):
+            assert f"%{register}" in match[1]
+
+
+def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:
+    args = case(MOE, "many tokens")
+    clean = cpp(ops, "moe_dispatch")(*args)
+    args[0][7, 3] = torch.nan
+    dirty = cpp(ops, "moe_dispatch")(*args)
+    assert dirty[7].isnan().all()
+    keep = torch.arange(len(clean)) != 7
+    assert torch.equal(dirty[keep], clean[keep])
+
+    q, *rest = case(ATTENTION, "longer than a tile")
+    clean = cpp(ops, "sink_attention")(q, *rest)
+    rest[1][2] = torch.nan  # the third new token of the first sequence, tokens 0..5
+    dirty = cpp(ops, "sink_attention")(q, *rest)
+    assert dirty[2:6].isnan().all()
+    assert torch.equal(dirty[:2], clean[:2]) and torch.equal(dirty[6:], clean[6:])
+
+
+def test_a_token_does_not_depend_on_its_company(ops: OpsBuild) -> None:
+    for name in ("many tokens", "longer than a chunk", "mxfp4, longer than a chunk", "all tokens on one expert"):
+        x, *rest = case(MOE, name)
+        together, alone = cpp(ops, "moe_dispatch")(x, *rest), [cpp(ops, "moe_dispatch")(row[None], *rest) for row in x]
+        assert torch.equal(together, torch.cat(alone))
+
+
+def test_a_sequence_does_not_depend_on_how_it_is_cut(ops: OpsBuild) -> None:
+    torch.manual_seed(0)
+    q, k, v, sink = torch.randn(150, 6, 16), torch.randn(150, 2, 16), torch.randn(150, 2, 16), torch.randn(6)
+    results = []
+    for window in (0, 33):
+        for cuts in ((150,), (1, 60, 1, 88), (149, 1)):
+            caches, rows, done = [torch.full((20, 8, 2, 16), torch.nan) for _ in "kv"], [], 0
+            for count in cuts:
+                part = slice(done, done + count)
+                done += count
+                starts, lengths, table = torch.tensor([0, count]), torch.tensor([done]), torch.arange(1, 20)[None]
+                slots = torch.arange(8 + part.start, 8 + part.stop)
+                index = starts, lengths, slots, table
+                rows.append(cpp(ops, "sink_attention")(q[part], k[part], v[part], sink, *caches, *index, window, 0.25))
+            results.append(torch.cat(rows))
+    for a, b in zip(results, [results[0]] * 3 + [results[3]] * 3, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_many_steps_of_one_large_batch(ops: OpsBuild) -> None:
+    """More routed rows than fit the bound on temporary memory: the tokens are taken in several steps."""
+    torch.manual_seed(0)
+    hidden, width, tokens = 8, 16384, 600
+    weights = torch.randn(2, 2 * width, hidden) * 0.1, torch.randn(2, hidden, width) * 0.01
+    args = torch.randn(2, hidden), torch.randn(2), weights[0], None, torch.zeros(2, 2 * width), weights[1], None, torch.zeros(2, hidden)
+    x = torch.randn(8, hidden).repeat(tokens * 2 // 8, 1)
+    got = cpp(ops, "moe_dispatch")(x, *args, 2, 1.702, 7.0)
+    assert torch.equal(got, cpp(ops, "moe_dispatch")(x[:8], *args, 2, 1.702, 7.0).repeat(tokens * 2 // 8, 1))
+
+
+def test_attention_refuses(ops: OpsBuild) -> None:
+    names = "q k v sink k_cache v_cache query_start kv_lens slots block_table window scale".split()
+
+    def refused(match: str, **changes: object) -> None:
+        args = dict(zip(names, case(ATTENTION, "decode"), strict=True)) | changes
+        with pytest.raises(RuntimeError, match=match):
+            cpp(ops, "sink_attention")(*args.values())
+
+    q, k, v, _, k_cache, *_ = case(ATTENTION, "decode")
+    refused("k_cache must be a contiguous", k_cache=k_cache.transpose(1, 2).contiguous().transpose(1, 2))
+    refused("v has dtype", v=v.bfloat16())
+    refused("q must be float32 or bfloat16", **{name: x.double() for name, x in zip(names[:3], (q, k, v), strict=True)}, k_cache=k_cache.double(), v_cache=k_cache.double())
+    refused("slots has shape", slots=torch.tensor([8, 9]))
+    refused("slot 10000 is outside", slots=torch.tensor([10000]))
+    refused("slot -2 is outside", slots=torch.tensor([-2]))
+    refused("block_table names block 99", block_table=torch.full((1, 4), 99))
+    refused("needs more than", kv_lens=torch.tensor([1000]))
+    refused("query_start must rise", query_start=torch.tensor([0, 2]))
+    refused("an index tensor has dtype", kv_lens=torch.tensor([12], dtype=torch.int32))
+    refused("sink has shape", sink=torch.zeros(3))
+    refused("cannot share", q=torch.randn(1, 5, 16), sink=None)
+
+
+def test_moe_refuses(ops: OpsBuild) -> None:
+    x, router, *rest = case(MOE, "mxfp4, one token")
+    with pytest.raises(RuntimeError, match="x must end in the router's 64 features"):
+        cpp(ops, "moe_dispatch")(x[:, :32], router, *rest)
+    with pytest.raises(RuntimeError, match="both or neither"):
+        cpp(ops, "moe_dispatch")(x, router, *rest[:2], None, *rest[3:])
+    with pytest.raises(RuntimeError, match="gate_up_scales has shape"):
+        cpp(ops, "moe_dispatch")(x, router, rest[0], rest[1], rest[2][:, :-1], *rest[3:])
+    with pytest.raises(RuntimeError, match="weights must be contiguous"):
+        cpp(ops, "moe_dispatch")(x, router.T.contiguous().T, *rest)
+    with pytest.raises(RuntimeError, match="top_k 9 of 4"):
+        cpp(ops, "moe_dispatch")(x, router, *rest[:-3], 9, *rest[-2:])

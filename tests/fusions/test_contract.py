@@ -1,0 +1,137 @@
+"""The contract of every fusion folder: the naive loop, the plain-torch op and the C++ op mean the same.
+
+The plain op in float64 is checked against the naive loop, and everything else against the plain op in float64 on the same
+inputs. Nothing here names an op: a folder brings its cases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from oxfuse.passes import fusions
+from oxfuse.passes.fusions.build import OpsBuild
+from oxfuse.passes.fusions.contract import OpCase
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Half a unit in the last place for each rounding of a result, and what sums of some hundred float32 products may lose besides,
+# relative to the largest result. bfloat16 has 8 significant bits.
+HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+SUMS = 3e-6
+# add_rms_norm's definition rounds the sum, then the normalised sum.
+ROUNDINGS = {"oxfuse::add_rms_norm": 2}
+# Angles are float32 by definition, and so are their cos and sin.
+NAIVE_TOLERANCE = {"oxfuse::rotary_embedding": 3e-7}
+
+
+def folders() -> list[str]:
+    return [info.name for info in pkgutil.iter_modules(fusions.__path__) if info.ispkg]
+
+
+def load(folder: str, module: str) -> Any:
+    importlib.import_module(f"{fusions.__name__}.{folder}.reference")
+    return importlib.import_module(f"{fusions.__name__}.{folder}.{module}")
+
+
+CASES = [pytest.param(case, id=f"{case.op}-{case.name}") for folder in folders() for case in load(folder, "cases").CASES]
+NAIVE = {op: loop for folder in folders() for op, loop in load(folder, "cases").NAIVE.items()}
+CPP_OPS = {op for folder in folders() if (kernel := load(folder, "cpu").KERNEL) for op in kernel.ops}
+CPP_CASES = [param for param in CASES if param.values[0].op in CPP_OPS]
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.oxfuse, name.removeprefix("oxfuse::"))
+
+
+def tensors(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    widen = lambda x: x.double() if isinstance(x, torch.Tensor) and x.dtype in DTYPES else x  # noqa: E731
+    return tuple(map(widen, args))
+
+
+def assert_close(got: Any, exact: Any, dtype: torch.dtype, roundings: int = 1) -> None:
+    for a, b in zip(tensors(got), tensors(exact), strict=True):
+        assert a.dtype == dtype and a.shape == b.shape and a.is_contiguous()
+        room = roundings * HALF_UNIT[dtype] * b.abs() + SUMS * b.abs().max()
+        excess = ((a.double() - b).abs() - room).max()
+        assert excess <= 0, f"off by {(a.double() - b).abs().max():.3g}, {float(excess):.3g} too much"
+
+
+def assert_same_bits(got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        if isinstance(a, torch.Tensor):
+            integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+            assert torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def test_every_folder_has_cases() -> None:
+    for folder in folders():
+        cases = load(folder, "cases")
+        assert {case.op for case in cases.CASES} == set(cases.NAIVE)
+        assert len({(case.op, case.name) for case in cases.CASES}) == len(cases.CASES)
+        kernel = load(folder, "cpu").KERNEL
+        assert kernel is None or set(kernel.ops) <= set(cases.NAIVE) and kernel.source.is_file()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_op_means_the_naive_loop(case: OpCase) -> None:
+    args, plain = case.args(torch.float64), case.args(torch.float64)
+    expected, got = NAIVE[case.op](*args), op(case.op)(*plain)
+    for a, b in zip(tensors(got), tensors(expected), strict=True):
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(a, b, rtol=0, atol=NAIVE_TOLERANCE.get(case.op, 1e-12) * max(1.0, float(b.abs().max())))
+    assert_same_bits(plain, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_plain_op_rounds_once(case: OpCase, dtype: torch.dtype) -> None:
+    exact, got = op(case.op)(*in_float64(case.args(dtype))), op(case.op)(*case.args(dtype))
+    for a, b in zip(tensors(got), tensors(exact), strict=True):
+        assert_close(a.contiguous(), b, dtype, ROUNDINGS.get(case.op, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CPP_CASES)
+def test_cpp_op_rounds_once(case: OpCase, dtype: torch.dtype, ops: OpsBuild) -> None:
+    args, plain = case.args(dtype), case.args(dtype)
+    got = op(ops.names[case.op])(*args)
+    assert_close(got, op(case.op)(*in_float64(case.args(dtype))), dtype)
+    op(case.op)(*plain)
+    assert_same_bits(args, plain)
+    assert {i for i, (a, b) in enumerate(zip(args, case.args(dtype), strict=True)) if changed(a, b)} <= set(case.mutated)
+
+
+def changed(a: Any, b: Any) -> bool:
+    return isinstance(a, torch.Tensor) and not torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CPP_CASES)
+def test_cpp_op_is_the_same_for_any_number_of_threads(case: OpCase, dtype: torch.dtype, ops: OpsBuild) -> None:
+    results = []
+    for count in (1, 2, 3, 7, 16):
+        torch.set_num_threads(count)
+        args = case.args(dtype)
+        results.append((*tensors(op(ops.names[case.op])(*args)), *args))
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("case", CPP_CASES)
+def test_cpp_op_registers_what_the_compiler_relies_on(case: OpCase, ops: OpsBuild) -> None:
+    name = ops.names[case.op]
+    plain, cpp = (str(op(n).default._schema).replace("SymInt", "int") for n in (case.op, name))
+    for i, argument in enumerate(op(case.op).default._schema.arguments):
+        assert (argument.alias_info is not None and argument.alias_info.is_write) == (i in case.mutated)
+    aliases = {f"(a{i}!)": f"({letter}!)" for i, letter in zip(case.mutated, "abc", strict=False)}
+    for theirs, ours in aliases.items():
+        plain = plain.replace(theirs, ours)
+    assert cpp.replace(name, case.op) == plain
+    torch.library.opcheck(op(name), case.args(torch.float32), test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,143 @@
+"""The configurations of the parity suite, and what a model must show on each: one definition for all ways of running it.
+
+Every checkpoint is random; logits have a standard deviation of at least 1 and greedy text at least 50 distinct tokens, so that
+no defect hides behind flat logits. Window and original context are so small that the prompts cross both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from oxfuse.models import load_reference
+from oxfuse.runtime import CompiledModel
+from torch import Tensor, nn
+
+from ..checkpoints import TINY, random_gpt_oss, transformers_model
+
+GENERATED = 300
+SMALL_GAP = 1e-5
+"""Two candidates closer than this in float64 may change places in float32."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint: overrides of `TINY`, and how it is stored."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    layout: str = "hf"
+    shards: int = 1
+    old_keys: bool = False
+
+    def write(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+        options = dict(layout=self.layout, shards=self.shards, old_keys=self.old_keys, dtype=dtype)
+        return random_gpt_oss(folder, **options, **self.config)
+
+    def transformers(self, folder: Path, scratch: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return transformers' model; it reads no original layout, so it gets the same weights in its own."""
+        if self.layout.startswith("original"):
+            layout = "mxfp4" if self.layout == "original" else "hf"
+            folder = random_gpt_oss(scratch, layout=layout, **self.config)
+        return transformers_model(folder, dtype)
+
+    @property
+    def window(self) -> int:
+        return self.config.get("sliding_window", TINY["sliding_window"])
+
+
+CASES = [
+    Case("base"),
+    Case("one_kv_head", dict(num_attention_heads=8, num_key_value_heads=1)),
+    Case("eight_kv_heads", dict(num_attention_heads=8, num_key_value_heads=8, head_dim=8)),
+    Case("tied", dict(tie_word_embeddings=True)),
+    Case("window_1", dict(sliding_window=1)),
+    Case("odd_sizes", dict(hidden_size=54, intermediate_size=37, vocab_size=173, num_attention_heads=3, num_key_value_heads=3, head_dim=10)),
+    Case("own_layer_types", dict(num_hidden_layers=4, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2)),
+    Case("two_experts", dict(num_local_experts=2, num_experts_per_tok=1)),
+    Case("sixteen_experts", dict(num_local_experts=16, num_experts_per_tok=4)),
+    Case("truncate", dict(rope_parameters=dict(truncate=True, beta_fast=4.0, beta_slow=0.5)), old_keys=True),
+    Case("plain_rope", dict(rope_parameters=dict(rope_type="default"), attention_bias=False), shards=3),
+    Case("mxfp4", dict(intermediate_size=64), layout="mxfp4", shards=2),
+    Case("original", dict(num_experts_per_tok=3, swiglu_limit=7.0), layout="original"),
+    Case("original_dense", dict(sliding_window=40), layout="original-dense"),
+]  # fmt: skip
+
+
+def random_ids(case: Case, *shape: int, seed: int = 1) -> Tensor:
+    vocab = case.config.get("vocab_size", TINY["vocab_size"])
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str) -> None:
+    error, bound = float((got - expected).abs().max()), 1e-4 * max(1.0, float(expected.abs().max()))
+    assert error <= bound, f"{what}: error {error:.1e}, at most {bound:.1e} is allowed"
+
+
+@torch.no_grad()
+def assert_logits(model: CompiledModel, reference: nn.Module, case: Case) -> None:
+    """Prompts shorter than, equal to and longer than the window and the original context; positions; padding; ragged rows."""
+    for length in sorted({1, max(1, case.window - 1), case.window, case.window + 1, 150}):
+        ids = random_ids(case, 1, length, seed=length)
+        expected = reference(input_ids=ids).logits
+        assert_close(model.logits(ids), expected, f"{length} tokens")
+    assert expected.std() >= 1, f"logits vary by {expected.std():.2f} only: the checkpoint hides defects"
+
+    ids = random_ids(case, 1, 60)
+    positions = torch.arange(60).mul(3).add(50)[None]  # beyond the original context, and not consecutive
+    mask = torch.ones_like(ids)  # or transformers takes every jump for a new sequence
+    expected = reference(input_ids=ids, position_ids=positions, attention_mask=mask).logits
+    assert_close(model.logits(ids, position_ids=positions), expected, "explicit positions")
+
+    ids = random_ids(case, 3, 70)
+    for side in ("left", "right"):
+        mask = torch.ones_like(ids)
+        for row, pads in enumerate((0, 13, 41)):
+            mask[row, slice(0, pads) if side == "left" else slice(70 - pads, 70)] = 0
+        expected = reference(input_ids=ids, attention_mask=mask).logits
+        got = model.logits(ids, attention_mask=mask)
+        assert not got[mask == 0].any(), "padding has logits"
+        assert_close(got[mask == 1], expected[mask == 1], f"{side} padding")
+
+    ragged = [random_ids(case, n, seed=n) for n in (5, 120, 33)]
+    got = model.logits([row.tolist() for row in ragged])
+    for row, ids in enumerate(ragged):
+        assert_close(got[row, : len(ids)], reference(input_ids=ids[None]).logits[0], f"ragged row {row}")
+
+
+@torch.no_grad()
+def assert_greedy(model: CompiledModel, reference: nn.Module, case: Case, folder: Path) -> None:
+    """Three prompts at once, 300 tokens each: every token is the reference's choice after the ones before it."""
+    prompts = [random_ids(case, n, seed=n).tolist() for n in (3, 110, 37)]
+    for prompt, generated in zip(prompts, model.generate(prompts, max_new_tokens=GENERATED, stop_token_ids=[]), strict=True):
+        tokens = generated.token_ids
+        assert len(tokens) == GENERATED
+        ids = torch.tensor([prompt + tokens])
+        expected = reference(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        wrong = (expected.argmax(-1) != torch.tensor(tokens)).nonzero().flatten().tolist()
+        if wrong:
+            excused = near_ties(folder, ids, range(len(prompt) - 1, ids.shape[1] - 1))
+            assert set(wrong) <= excused, f"token {wrong[0]} of {GENERATED} differs from the reference's"
+    assert len(set(tokens)) >= 50, f"only {len(set(tokens))} distinct tokens: the checkpoint hides defects"
+
+
+def near_ties(folder: Path, ids: Tensor, rows: range) -> set[int]:
+    """Return the rows (counted from rows.start) whose two best tokens, or a router's last chosen and first left expert, lie together."""
+    exact = load_reference(folder, torch.float64)(input_ids=ids, output_router_logits=True, use_cache=False)
+    gap = exact.logits[0, rows.start : rows.stop].topk(2).values.diff().abs().flatten()
+    close = gap < SMALL_GAP
+    top_k = exact_top_k = load_reference(folder).config.num_experts_per_tok
+    for logits in exact.router_logits:
+        if logits.shape[-1] > top_k:
+            ranked = logits.sort(-1, descending=True).values
+            tie = (ranked[:, exact_top_k - 1] - ranked[:, exact_top_k]) < SMALL_GAP
+            close |= tie[rows.start : rows.stop]
+    return set(close.nonzero().flatten().tolist())
+
+
+def assert_parity(model: CompiledModel, reference: nn.Module, case: Case, folder: Path) -> None:
+    """All that float32 must show."""
+    assert_logits(model, reference, case)
+    assert_greedy(model, reference, case, folder)

@@ -1,0 +1,257 @@
+"""A real library, mapped weights and a manifest, from `load` to the command line, and everything that must be noticed first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.testing import assert_close
+
+from oxfuse.errors import OxfuseError, UserError
+from oxfuse.runtime import cli, load
+from oxfuse.runtime.host import check_host, cpu_features, version_numbers
+from oxfuse.runtime.manifest import read_manifest
+from oxfuse.runtime.verify import verify_artifact
+
+from .tiny_artifact import HIDDEN, VOCAB, TinyStep, eager_model, write_artifact
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("artifact") / "tiny")
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def edit(folder: Path, change: Callable[[dict], object]) -> Path:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def prompts() -> list[list[int]]:
+    return [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 30, 9, 17)]
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_program_equals_the_eager_step(artifact: Path, threads: int | None) -> None:
+    model, eager = load(artifact, threads=threads), eager_model()
+    assert_close(model.logits(prompts()), eager.logits(prompts()), rtol=0, atol=1e-4)
+    assert [g.token_ids for g in model.generate(prompts(), max_new_tokens=12)] == [
+        g.token_ids for g in eager.generate(prompts(), max_new_tokens=12)
+    ]
+    assert model.scheduler.engine.used_blocks == 0
+    assert model.config == {"hidden": HIDDEN} and model.report == {"parity": None} and model.manifest.name == "tiny"
+
+
+def test_weights_are_mapped_not_copied(artifact: Path) -> None:
+    """A second load, so that only what a load itself costs is counted; then every weight is read."""
+    program = """
+import sys, torch
+from oxfuse.runtime import load
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+first = load(sys.argv[1])
+before = status("RssAnon"), status("RssFile")
+second = load(sys.argv[1], check=sys.argv[2])
+loaded = status("RssAnon") - before[0]
+generator = torch.Generator().manual_seed(0)
+second.logits([[1, 2, 3]])
+before_read = status("RssAnon")
+for name, tensor in second.scheduler.engine.step._constants.items():
+    tensor.sum()
+print(loaded, status("RssAnon") - before_read, status("RssFile") - before[1])
+"""
+    weights = read_manifest(artifact).weights[0].bytes
+    for check in ("quick", "full"):
+        run = subprocess.run([sys.executable, "-c", program, str(artifact), check], capture_output=True, text=True, check=True)
+        loaded, read, mapped = map(int, run.stdout.split())
+        assert loaded < 0.05 * weights and read < 0.05 * weights, f"{loaded} and {read} of {weights} bytes"
+        assert mapped > 0.9 * weights
+
+
+def test_loading_imports_no_compiler(artifact: Path) -> None:
+    program = """
+import sys
+import oxfuse
+model = oxfuse.load(sys.argv[1])
+model.generate("plain words", max_new_tokens=2)
+loaded = [m for m in sys.modules if m.split(".")[:2] in (["oxfuse", "compiler"], ["oxfuse", "passes"], ["oxfuse", "models"])]
+loaded += [m for m in ("transformers", "huggingface_hub", "torch._inductor.compile_fx", "triton") if m in sys.modules]
+print(loaded)
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(artifact)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_text_in_and_out(artifact: Path) -> None:
+    model = load(artifact)
+    (found,) = model.generate("plain words", max_new_tokens=5)
+    assert model.tokenizer and found.prompt_token_ids == model.tokenizer.encode("plain words")
+    assert (
+        found.text
+        == model.tokenizer.decode(found.token_ids)
+        == "".join(c.text for c in model.stream("plain words", max_new_tokens=5))
+    )
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def resize(path: Path, by: int) -> None:
+    os.truncate(path, path.stat().st_size + by)
+
+
+def test_full_check_and_verify_find_a_changed_weight(copy: Path) -> None:
+    flip(copy / "weights.safetensors", -5)
+    load(copy)  # quick looks at headers only
+    with pytest.raises(UserError, match=r"has changed since it was compiled, in 1 tensors such as"):
+        load(copy, check="full")
+    result = verify_artifact(copy)
+    assert len(result["weights"]["damaged"]) == 1 and not result["ok"] and result["golden"] is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda d: flip(next(d.glob("programs/step/*.so")), 5000), r"\.so has sha256"),
+        (lambda d: next(d.glob("programs/step/*.json")).unlink(), r"\.json does not exist"),
+        (lambda d: flip(d / "tokenizer.json", 30), r"tokenizer\.json has sha256"),
+        (lambda d: flip(d / "weights.safetensors", 40), "weights.safetensors has"),
+        (lambda d: resize(d / "weights.safetensors", -4), "outside its"),
+        (
+            lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes() + b"1234"),
+            "the manifest says",
+        ),
+        (lambda d: (d / "weights.safetensors").write_bytes(b"1234"), "no safetensors header"),
+        (lambda d: (d / "weights.safetensors").unlink(), "does not exist"),
+        (lambda d: (d / "report.json").write_text("{"), r"report\.json cannot be read"),
+        (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
+        (lambda d: edit(d, lambda m: m["programs"][0].update(target="cuda:sm_90")), "this runtime runs cpu"),
+        (lambda d: edit(d, lambda m: m["programs"][0]["constants"].pop("phase")), "constant phase"),
+        (lambda d: edit(d, lambda m: m["programs"][0]["constants"].update(phase="gone")), "constant phase"),
+        (lambda d: edit(d, lambda m: m["weights"][0]["tensors"]["phase"].update(shape=[2])), "phase as float32"),
+        (lambda d: edit(d, lambda m: m["weights"][0]["tensors"].pop("phase")), "about tensor phase"),
+        (lambda d: edit(d, lambda m: m["cache"].update(dtype="float12")), "float12"),
+    ],
+)
+def test_damage_is_refused_before_anything_runs(copy: Path, damage: Callable[[Path], object], reason: str) -> None:
+    damage(copy)
+    with pytest.raises(UserError, match=reason):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("need", "reason"),
+    [
+        ({"torch": "2.3"}, r"torch is .* install torch==2\.3\.\*"),
+        ({"platform": "darwin"}, "platform is"),
+        ({"machine": "riscv64"}, "machine is"),
+        ({"cpu_features": ["fpu", "amx_telepathy"]}, "lacks amx_telepathy"),
+        ({"glibc": "9.1"}, "glibc 9.1 or later"),
+    ],
+)
+def test_a_machine_that_does_not_fit(copy: Path, need: dict[str, object], reason: str) -> None:
+    edit(copy, lambda m: m["requirements"].update(need))
+    with pytest.raises(UserError, match=f"does not fit this machine.*{reason}"):
+        load(copy)
+
+
+def test_every_misfit_is_named_at_once(copy: Path) -> None:
+    edit(copy, lambda m: m["requirements"].update(torch="1.0", glibc="9.1"))
+    with pytest.raises(UserError, match=r"torch is .*glibc 9\.1"):
+        check_host(read_manifest(copy).requirements)
+
+
+def test_processor_flags(tmp_path: Path) -> None:
+    (tmp_path / "x86").write_text("processor : 0\nflags\t\t: fpu avx2 avx512f\n\nprocessor : 1\nflags : other\n")
+    (tmp_path / "arm").write_text("Features\t: fp asimd\n")
+    assert cpu_features(tmp_path / "x86") == {"fpu", "avx2", "avx512f"}
+    assert cpu_features(tmp_path / "arm") == {"fp", "asimd"} and cpu_features(tmp_path / "none") == frozenset()
+    assert version_numbers("2.13.0+cpu") == (2, 13, 0) and version_numbers("2.36") < version_numbers("2.100")
+
+
+@pytest.mark.parametrize(
+    "options", [{"threads": 0}, {"threads": 2.0}, {"check": "slow"}, {"cache_bytes": 0}, {"cache_bytes": 10}, {"device": "cuda"}]
+)
+def test_load_options_are_checked(artifact: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=next(iter(options.values())) if options == {"device": "cuda"} else next(iter(options))):
+        load(artifact, **options)
+
+
+def test_verify_compares_with_the_golden_logits(copy: Path) -> None:
+    seen: list[int] = []
+    result = verify_artifact(copy, progress=seen.append)
+    assert result["ok"] and result["golden"]["top1_agreement"] == 1 and result["golden"]["max_error"] < 1e-4
+    assert result["golden"]["rows"] == 4 and result["golden"]["reference_rms"] > 1
+    assert sum(seen) == sum(t.numel() * 4 for t in TinyStep().state_dict().values())
+    changed = (copy / "weights.safetensors").read_bytes()
+    flip(copy / "golden.safetensors", -2)  # an exponent bit of the last logit
+    result = verify_artifact(copy)
+    assert not result["ok"] and "differ from the reference" in result["problems"][0]
+    assert (copy / "weights.safetensors").read_bytes() == changed
+
+
+def run(command: str, *args: str | Path, stdin: str = "") -> tuple[str, str]:
+    """stdout and stderr of a command that succeeds; an error is raised as it was."""
+    result = CliRunner().invoke(getattr(cli, command), list(map(str, args)), input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_generate_command(copy: Path) -> None:
+    text = load(copy).generate("plain words", max_new_tokens=4)[0].text
+    (copy / "prompt.txt").write_text("plain words")
+    assert run("generate", copy, "-p", "plain words", "-n", "4")[0] == text + "\n"
+    assert run("generate", copy, "-f", copy / "prompt.txt", "-n", "4", "--threads", "2")[0] == text + "\n"
+    assert run("generate", copy, "-", "-n", "4", stdin="plain words")[0] == text + "\n"
+    lines = run("generate", copy, "-p", "plain words", "-p", "and", "-n", "4", "--json")[0].splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["text"] == text and json.loads(lines[1])["finish_reason"] == "length"
+    assert run("generate", copy, "-p", "plain words", "-p", "plain words", "-n", "4")[0] == f"{text}\n{text}\n"
+    for wrong in ([], ["-p", "x", "-"], ["x"], ["-f", "nowhere"], ["-p", "x", "--top-p", "7"]):
+        with pytest.raises(OxfuseError):
+            run("generate", copy, *wrong)
+
+
+def test_inspect_executes_nothing(copy: Path) -> None:
+    next(copy.glob("programs/step/*.so")).write_bytes(b"not a library")
+    shown = run("inspect", copy)[0]
+    assert all(word in shown for word in ("tiny", "4096", "full attention", "insert_cache", "glibc 2.17", "tokenizer.json"))
+    assert json.loads(run("inspect", copy, "--json")[0]) == json.loads((copy / "manifest.json").read_text())
+    program = """
+import sys
+from oxfuse.runtime.cli import inspect
+inspect.main([sys.argv[1]], standalone_mode=False)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(copy)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+def test_verify_command(copy: Path) -> None:
+    shown = run("verify", copy)[0]
+    assert "intact" in shown and "top-1 agreement 100.0%" in shown
+    assert json.loads((copy / "verify.json").read_text())["ok"]
+    assert json.loads(run("verify", copy, "--json")[0])["golden"]["rows"] == 4
+    flip(copy / "weights.safetensors", -5)
+    with pytest.raises(UserError, match="copy the artifact again"):
+        run("verify", copy)
+    assert not json.loads((copy / "verify.json").read_text())["ok"]
