@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -166,4 +167,4 @@ def test_boxes_never_overlap_and_edges_lead_down(seed: int) -> None:
         for x, y, u, v in spans[:i]:
             assert right <= x or u <= left or bottom <= y or v <= top
     for route in placed.routes:
-        assert all(a[1] <= b[1] for a, b in zip(route, route[1:], strict=False))
+        assert all(a[1] <= b[1] for a, b in itertools.pairwise(route))

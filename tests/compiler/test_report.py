@@ -55,8 +55,8 @@ def test_text_tells_everything() -> None:
         "131,072 tokens",
         "RMS error 1.25e-03, maximum error 2.00e-02, best token the same in 96.9%",
         "| step    | cpu    | 1.2 MB | 13 aten::linear, 7 oxfuse::rms_norm |",
-        "| weights  | 2.5 GB |",
-        "| together | 2.5 GB |",
+        "| weights  |  2.5 GB |",
+        "| together |  2.5 GB |",
         "| drop_noops |    1,029 |       0 |             – |",
         "| rms_norm   |        7 |       2 |       3.2e-07 |",
         "| compile program |  90.0 s |   75% |",
@@ -79,7 +79,7 @@ def test_what_could_not_be_measured_has_a_reason() -> None:
     assert "oxfuse verify" in text
     assert "Peak memory" not in text
     assert json.loads(report.to_json())["parity"]["rms"] is None
-    for wrong in (dict(rms=1.0, reason="why"), dict(rms=1.0), dict()):
+    for wrong in ({"rms": 1.0, "reason": "why"}, {"rms": 1.0}, {}):
         with pytest.raises(AssertionError):
             Parity(rows=1, **wrong)
 

@@ -80,13 +80,15 @@ def test_isa_names() -> None:
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
 def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
-    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", ops.path], capture_output=True, text=True, check=True).stdout
-    register = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}[ops.isa]
-    assert len(re.findall(rf"vfmadd\w*ps .*%{register}", text)) > 200
+    text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", ops.path], capture_output=True, text=True, check=True).stdout
+    register, lanes, rows = {"x86-64-v4": ("zmm", 16, 4), "x86-64-v3": ("ymm", 8, 2)}[ops.isa]
     assert ops.isa == "x86-64-v4" or "zmm" not in text
-    for loop in ("Mxfp4", "DenseIf", "DenseI8bfloat16"):  # as mangled; the accumulators of one tile stay in registers
-        for match in re.finditer(rf"<\S*advance_stepsI?\S*{loop}\S*>:\n(.*?)\n\n", text.replace("_ZN", "<_ZN"), re.S):
-            assert f"%{register}" in match[1]
+    found = {}
+    for m, weights, body in re.findall(r"^\w+ <void oxfuse::advance_steps<(\d), oxfuse::([^(]*)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S):
+        found[weights.strip(), int(m)] = len(re.findall(rf"vfmadd\w+ +.*%{register}", body))
+        assert weights.startswith("Mxfp4") or not re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body), "accumulators left the registers"
+    per_step = {"Dense<float>": 1, "Dense<oxfuse::bfloat16>": 1, "Mxfp4": 32 // lanes}
+    assert found == {(kind, m): 6 * m * count for kind, count in per_step.items() for m in range(1, rows + 1)}
 
 
 def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:

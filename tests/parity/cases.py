@@ -128,11 +128,11 @@ def near_ties(folder: Path, ids: Tensor, rows: range) -> set[int]:
     exact = load_reference(folder, torch.float64)(input_ids=ids, output_router_logits=True, use_cache=False)
     gap = exact.logits[0, rows.start : rows.stop].topk(2).values.diff().abs().flatten()
     close = gap < SMALL_GAP
-    top_k = exact_top_k = load_reference(folder).config.num_experts_per_tok
+    top_k = load_reference(folder).config.num_experts_per_tok
     for logits in exact.router_logits:
         if logits.shape[-1] > top_k:
             ranked = logits.sort(-1, descending=True).values
-            tie = (ranked[:, exact_top_k - 1] - ranked[:, exact_top_k]) < SMALL_GAP
+            tie = (ranked[:, top_k - 1] - ranked[:, top_k]) < SMALL_GAP
             close |= tie[rows.start : rows.stop]
     return set(close.nonzero().flatten().tolist())
 
