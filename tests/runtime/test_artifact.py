@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from oxfuse.errors import OxfuseError, UserError
@@ -188,10 +189,19 @@ def test_processor_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": 0}, {"threads": 2.0}, {"check": "slow"}, {"cache_bytes": 0}, {"cache_bytes": 10}, {"device": "cuda"}]
+    "options",
+    [
+        {"threads": 0},
+        {"threads": 2.0},
+        {"check": "slow"},
+        {"cache_bytes": 0},
+        {"cache_bytes": 10},
+        {"device": "cuda"},
+        {"device": "tpu9"},
+    ],
 )
 def test_load_options_are_checked(artifact: Path, options: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=next(iter(options.values())) if options == {"device": "cuda"} else next(iter(options))):
+    with pytest.raises(UserError, match=str(options.get("device", next(iter(options))))):
         load(artifact, **options)
 
 
@@ -206,6 +216,16 @@ def test_verify_compares_with_the_golden_logits(copy: Path) -> None:
     result = verify_artifact(copy)
     assert not result["ok"] and "differ from the reference" in result["problems"][0]
     assert (copy / "weights.safetensors").read_bytes() == changed
+
+
+def test_a_golden_file_of_another_model(copy: Path) -> None:
+    save_file({"token_ids": torch.zeros(3)}, copy / "golden.safetensors")
+    with pytest.raises(UserError, match="lacks the tensor 'positions'"):
+        verify_artifact(copy)
+    one = torch.zeros(1, dtype=torch.long)
+    save_file({"token_ids": one, "positions": one + 1, "rows": one + 2, "logits": torch.zeros(1, 7)}, copy / "golden.safetensors")
+    with pytest.raises(UserError, match=r"logits \[1, 7\]"):
+        verify_artifact(copy)
 
 
 def run(command: str, *args: str | Path, stdin: str = "") -> tuple[str, str]:

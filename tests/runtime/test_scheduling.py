@@ -84,6 +84,16 @@ def test_explicit_positions(model: CompiledModel, toy: ToyModel) -> None:
     assert (expected - toy.dense(ids)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("rows", [[13], [0, 13], [9, 2, 5], list(range(14))])
+def test_chosen_rows(model: CompiledModel, toy: ToyModel, rows: list[int]) -> None:
+    ids, places = tokens(14), list(range(3, 17))
+    close(model.row_logits(ids, places, rows), toy.dense(ids, places)[rows])
+    assert sum(toy.rows) < 14 + len(toy.rows) if len(rows) == 14 else sum(toy.rows) <= len(rows) + 1
+    for wrong in ([], [14], [-1], [3, 3]):
+        with pytest.raises(UserError, match="distinct indices"):
+            model.row_logits(ids, places, wrong)
+
+
 def test_greedy_batch_equals_separate_runs(open_model: Open, toy: ToyModel) -> None:
     prompts = [tokens(n, seed=n) for n in (1, 20, 7, 33, 12)]
     found = open_model(max_batch=2).generate(prompts, max_new_tokens=25)
@@ -135,6 +145,18 @@ def test_a_sequence_that_never_fits_fails_alone(open_model: Open, toy: ToyModel)
     with pytest.raises(UserError, match="cache is full"):
         model.generate(tokens(60), max_new_tokens=2)
     assert model.generate(tokens(4), max_new_tokens=2)[0].token_ids == toy.greedy(tokens(4), 2)
+
+
+def test_the_whole_cache_holds_the_longest_batch(open_model: Open, toy: ToyModel) -> None:
+    """Without cache_bytes, `max_batch` sequences of `max_context` tokens fit at once: as jobs, and as sessions that stay open."""
+    model = open_model()
+    model.logits([tokens(96, seed=n) for n in range(4)])
+    sessions = [model.session() for _ in range(4)]
+    for n, session in enumerate(sessions):
+        close(session.prefill(tokens(96, seed=n)), toy.dense(tokens(96, seed=n))[-1])
+    assert sum(sum(counts) for counts, _ in toy.steps) == 2 * 4 * 96, "something was recomputed"
+    for session in sessions:
+        session.close()
 
 
 def test_sliding_blocks_are_freed(model: CompiledModel) -> None:

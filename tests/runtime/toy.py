@@ -35,6 +35,8 @@ class ToyModel:
             for kv, d in zip(KV_HEADS, HEAD_DIM, strict=True)
         ]
         self.steps: list[tuple[list[int], list[int]]] = []
+        """Token counts and KV lengths of each step's sequences."""
+        self.rows: list[int] = []
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         angles = positions[:, None] * torch.logspace(0.3, -1, HIDDEN // 2)
@@ -78,6 +80,7 @@ class ToyModel:
         counts = query_start.diff()
         assert (counts > 0).all() and query_start[0] == 0 and query_start[-1] == len(tokens)
         self.steps.append((counts.tolist(), kv_lens.tolist()))
+        self.rows.append(len(rows))
         x = self.embed(tokens, positions)
         for layer, window in enumerate(WINDOWS):
             group = 0 if window else 1

@@ -1,0 +1,30 @@
+"""Compiled artifacts, each compiled once in a run: AOTInductor takes 20 seconds and more a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import oxfuse
+import pytest
+
+from .parity.cases import CASES, Case
+
+BY_NAME = {case.name: case for case in CASES}
+Compiled = tuple[Case, Path, Path]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled]:
+    """Return (case, checkpoint, artifact) of a configuration by its name."""
+    made: dict[str, Compiled] = {}
+
+    def get(name: str, **options: object) -> Compiled:
+        key = f"{name}-{'-'.join(map(str, options.values()))}"
+        if key not in made:
+            place = tmp_path_factory.mktemp(name)
+            folder = BY_NAME[name].write(place / "checkpoint")
+            made[key] = BY_NAME[name], folder, oxfuse.compile(folder, place / "artifact", **options)
+        return made[key]
+
+    return get
