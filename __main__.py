@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -42,6 +43,8 @@ def oxfuse() -> None:
 
 def main() -> None:
     """Run the command line. A UserError prints one line and exits 2, a fault of oxfuse exits 70."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # torch's exporter and compiler deprecate much; a user can change none of it
     try:
         oxfuse.main(standalone_mode=False)
     except click.exceptions.Exit as exit_:

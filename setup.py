@@ -19,6 +19,8 @@ class BuildWithoutSetup(build_py):  # type: ignore[misc]
 
 setup(
     package_dir={"oxfuse": "."},
-    packages=["oxfuse"] + [f"oxfuse.{root}" for root in ROOTS] + [f"oxfuse.{root}.{p}" for root in ROOTS for p in find_packages(root)],
+    packages=["oxfuse"]
+    + [f"oxfuse.{root}" for root in ROOTS]
+    + [f"oxfuse.{root}.{p}" for root in ROOTS for p in find_packages(root)],
     cmdclass={"build_py": BuildWithoutSetup},
 )

@@ -1,4 +1,4 @@
-"""The compiler: a checkpoint goes in, an artifact comes out. It may import everything; nothing but the command line imports it."""
+"""The compiler: a checkpoint goes in, an artifact comes out. It imports everything; only the command line imports it."""
 
 from oxfuse.compiler.compile import compile as compile
 

@@ -41,7 +41,7 @@ from oxfuse.runtime.manifest import (
 def describe_artifact(
     plan: Plan, fused: Fused, lowered: Lowered, ops: OpsBuild, weights: WeightFile, constants: Mapping[str, str], folder: Path
 ) -> Manifest:
-    """Return the manifest of the artifact in `folder`, whose files are all written. `constants` maps constants to stored names."""
+    """Return the manifest of the artifact in `folder`, all files written. `constants` maps constants to stored names."""
     inputs, outputs, dims = step_signature(
         fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, vocab_size=plan.config.vocab_size, limits=plan.step_limits
     )

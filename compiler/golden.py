@@ -47,7 +47,7 @@ def write_golden(
     positions = torch.arange(length)
     rows = spread_rows(length)
     top_k = getattr(config, "num_experts_per_tok", None)
-    wanted = {"output_router_logits": True} if top_k is not None else {}
+    wanted: dict[str, Any] = {"output_router_logits": True} if top_k is not None else {}
     with torch.inference_mode():
         answer = stream_oracle(contract, config, task, sources, token_ids[None], positions[None], rows=rows, **wanted)
     golden = {"token_ids": token_ids, "positions": positions, "rows": rows, "logits": _rows_of(answer, rows)}

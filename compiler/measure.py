@@ -24,8 +24,8 @@ def measure(folder: Path) -> Parity:
     found = compare_golden(load(folder), folder / GOLDEN)
     if not found.fits(manifest.model.dtype):
         raise InternalError(
-            f"The artifact's logits differ from the float32 reference by {found.max_error:.2e} at most and {found.rms_error:.2e} in "
-            f"the mean, where the reference reaches {found.reference_max:.2e}: more than {manifest.model.dtype} explains. "
+            f"The artifact's logits differ from the float32 reference by {found.max_error:.2e} at most and {found.rms_error:.2e} "
+            f"in the mean, where the reference reaches {found.reference_max:.2e}: more than {manifest.model.dtype} explains. "
             "Please report this with the checkpoint's config.json."
         )
     return Parity(rows=found.rows, rms=found.rms_error, max=found.max_error, top1=found.top1_agreement)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from oxfuse.runtime.manifest import Limits, ModelSpec, PassRecord, Requirements
 
 REPORT_JSON = "report.json"
 REPORT_MD = "report.md"
+NUMBER = re.compile(r"(?:\d[\d.,e+-]*(?: ?[kMG]?B| s|%)?|–)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +115,13 @@ def _sections(report: Report) -> Iterable[str]:
 
     yield "## Programs"
     ops = [(p, ", ".join(f"{count} {op}" for op, count in p.ops.items())) for p in report.programs]
-    yield _table(("program", "target", "size", "calls"), [(p.name, p.target, _size(p.bytes), calls) for p, calls in ops])
+    yield _table(("program", "target", "size", "calls"), [(p.name, p.target, size_text(p.bytes), calls) for p, calls in ops])
 
     yield "## Sizes"
     total = sum(report.sizes.values())
-    yield _table(("files", "size"), [*((kind, _size(size)) for kind, size in report.sizes.items()), ("together", _size(total))])
+    yield _table(
+        ("files", "size"), [*((kind, size_text(size)) for kind, size in report.sizes.items()), ("together", size_text(total))]
+    )
 
     yield "## Passes"
     yield _table(
@@ -137,8 +141,8 @@ def _sections(report: Report) -> Iterable[str]:
     if report.memory is not None:
         yield "## Peak memory of the compile"
         yield (
-            f"{_size(report.memory.anonymous_and_shared)} anonymous and shared, all processes together. "
-            f"{_size(report.memory.file_backed)} of mapped files besides, which the system can drop at any time."
+            f"{size_text(report.memory.anonymous_and_shared)} anonymous and shared, all processes together. "
+            f"{size_text(report.memory.file_backed)} of mapped files besides, which the system can drop at any time."
         )
 
     yield "## Numerics"
@@ -165,7 +169,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "–"
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
-    right = [all(row[i][:1].isdigit() or row[i] in ("", "–") for row in cells[1:]) for i in range(len(head))]
+    right = [all(NUMBER.fullmatch(row[i]) for row in cells[1:]) for i in range(len(head))]
     rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -175,7 +179,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Return a number of bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":

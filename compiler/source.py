@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint
 from oxfuse.models.contract import lookup
@@ -22,14 +24,14 @@ LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 
-def open_source(source: str | Path) -> tuple[Checkpoint, dict[str, str]]:
+def open_source(source: str | Path | nn.Module) -> tuple[Checkpoint, dict[str, str]]:
     """Open the checkpoint at `source`, a folder or a hub id `org/name` or `org/name@revision`; return it with its fingerprint.
 
     A hub repository is fetched into the hub's cache: only the files that the model needs, at one commit. HF_ENDPOINT,
     HF_HUB_OFFLINE, HF_TOKEN and the cache's place are honoured by huggingface_hub, which also shows the progress. Raises
     UserError if there is no such folder or repository, it cannot be reached, or it is no checkpoint.
     """
-    if hasattr(source, "state_dict"):
+    if isinstance(source, nn.Module):
         raise UserError(
             f"{type(source).__name__} is a live module, which this version cannot compile. "
             "Save it with its save_pretrained(folder) and compile the folder."

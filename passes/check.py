@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from oxfuse.passes.graph import ancestors, in_order, is_mutable, require
 from oxfuse.passes.weights import MXFP4_BLOCK, Weight, WeightTable
@@ -65,7 +65,8 @@ def rewrite_error(
         if is_mutable(node) and node not in region and any(n in region for n in node.all_input_nodes if n.op != "get_attr"):
             writes = node.args and isinstance(node.args[0], fx.Node) and node.args[0] in region
             require(not writes, "an in-place op writes to the region from outside", node)
-    samples = _Samples(weights)
+    assert graph.owning_module is not None
+    samples = _Samples(weights, graph.owning_module)
     expected, got = (_run(graph, outputs, inputs, samples) for outputs in (old, new))
     worst = 0.0
     for a, b, node in zip(expected, got, old, strict=True):
@@ -87,7 +88,13 @@ def _run(graph: fx.Graph, outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, .
             require(callable(node.target), f"the region holds a {node.op} node", node)
             args, kwargs = fx.node.map_aggregate(
                 (node.args, dict(node.kwargs)),
-                lambda a: env[a] if isinstance(a, fx.Node) else (torch.float32 if a in _HALF else a) if isinstance(a, torch.dtype) else a,
+                lambda a: (
+                    env[a]
+                    if isinstance(a, fx.Node)
+                    else (torch.float32 if a in _HALF else a)
+                    if isinstance(a, torch.dtype)
+                    else a
+                ),
             )
             assert callable(node.target)
             env[node] = node.target(*args, **kwargs)
@@ -97,8 +104,8 @@ def _run(graph: fx.Graph, outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, .
 class _Samples:
     """Made-up values, the same for the region and the fused form."""
 
-    def __init__(self, weights: WeightTable) -> None:
-        self._weights = weights
+    def __init__(self, weights: WeightTable, module: nn.Module) -> None:
+        self._weights, self._module = weights, module
         self._random = torch.Generator().manual_seed(0)
         self._activations: dict[fx.Node, Any] = {}
         self._sources: dict[str, dict[str, Tensor]] = {}
@@ -120,7 +127,7 @@ class _Samples:
     def weight(self, node: fx.Node) -> Tensor:
         weight = self._weights.get(str(node.target))
         if weight is None:  # a constant of the graph: not a weight, so its value counts
-            value = fx.graph_module._get_attr(node.graph.owning_module, str(node.target))
+            value = fx.graph_module._get_attr(self._module, str(node.target))
             assert isinstance(value, Tensor)
         else:
             if weight.source not in self._sources:
@@ -162,5 +169,5 @@ class _Samples:
 def _size(value: Any) -> int:
     if isinstance(value, torch.SymInt):
         expression = value.node.expr
-        return int(expression.subs({symbol: TOKENS for symbol in expression.free_symbols}))
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, TOKENS)))
     return int(value)

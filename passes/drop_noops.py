@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from oxfuse.passes.graph import CASTS, A, dtype_of, is_op, is_tensor, remove_dead_code, same_shape
+from oxfuse.passes.graph import CASTS, A, args_of, dtype_of, is_op, is_tensor, remove_dead_code, same_shape
 
 
 def drop_noops(module: fx.GraphModule) -> int:
@@ -18,21 +18,21 @@ def drop_noops(module: fx.GraphModule) -> int:
             graph.erase_node(node)
             dropped += 1
         elif _is_noop(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(args_of(node)[0])
             graph.erase_node(node)
             dropped += 1
     return dropped + remove_dead_code(graph)
 
 
 def _is_noop(node: fx.Node) -> bool:
-    if not (is_tensor(node) and node.args and is_tensor(node.args[0])):
+    if not (is_tensor(node) and args_of(node) and is_tensor(args_of(node)[0])):
         return False
-    before = node.args[0]
+    before = args_of(node)[0]
     same = dtype_of(node) == dtype_of(before) and same_shape(node, before)
     if is_op(node, *CASTS):
         return same and node.kwargs.get("copy") is not True
     if is_op(node, A.dropout.default):
-        return node.args[1] == 0.0 or not node.args[2]
+        return args_of(node)[1] == 0.0 or not args_of(node)[2]
     if is_op(node, A.add.Tensor, A.sub.Tensor):
-        return same and node.args[1:] == (0,) and not node.kwargs and not dtype_of(node).is_floating_point
+        return same and args_of(node)[1:] == (0,) and not node.kwargs and not dtype_of(node).is_floating_point
     return is_op(node, A.detach.default, A.lift_fresh_copy.default, A.alias.default) and same

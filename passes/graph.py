@@ -54,6 +54,11 @@ def the_op(node: Any, what: str, *targets: Any) -> fx.Node:
     return node
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """Return the node's arguments without fx's union of everything an argument may be: patterns check what they find."""
+    return node.args
+
+
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """Return the node's shape; dynamic sizes are SymInts."""
     return tuple(node.meta["val"].shape)
@@ -108,8 +113,8 @@ def uncast(node: Any) -> Any:
 
 def unwidened(node: Any) -> Any:
     """Return the node behind conversions to a wider dtype: the same values. A rounding conversion stays."""
-    while is_op(node, *CASTS) and dtype_of(node).itemsize >= dtype_of(node.args[0]).itemsize:
-        node = node.args[0]
+    while is_op(node, *CASTS) and dtype_of(node).itemsize >= dtype_of(args_of(node)[0]).itemsize:
+        node = args_of(node)[0]
     return node
 
 

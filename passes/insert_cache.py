@@ -16,7 +16,7 @@ from torch import fx
 
 from oxfuse.errors import InternalError
 from oxfuse.passes.fusions.sink_attention import reference as reference  # registers the op
-from oxfuse.passes.graph import OXFUSE, A, call, is_op, remove_dead_code, shape_of
+from oxfuse.passes.graph import OXFUSE, A, args_of, is_op, remove_dead_code, shape_of
 
 STEP_INPUTS = ("token_ids", "positions", "query_start", "kv_lens", "slots", "block_tables", "rows")
 
@@ -47,7 +47,7 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
     """
     graph = module.graph
     attentions = [n for n in graph.nodes if is_op(n, OXFUSE.sink_attention_dense.default)]
-    windows = sorted({int(n.args[4]) for n in attentions})
+    windows = sorted({int(args_of(n)[4]) for n in attentions})
     old = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     if missing := set(inputs.values()) - old.keys():
         raise InternalError(f"The graph lacks the inputs {sorted(missing)}; it has {sorted(old)}.")
@@ -57,18 +57,21 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
         new = {name: _input(graph, name, torch.empty(_EXAMPLE[name], dtype=torch.long)) for name in STEP_INPUTS}
         caches = []
         for i, node in enumerate(attentions):
-            kv_heads, head_dim = (int(s) for s in shape_of(node.args[1])[2:])
+            kv_heads, head_dim = (int(s) for s in shape_of(args_of(node)[1])[2:])
             like = torch.empty(2, 1, kv_heads, head_dim, dtype=node.meta["val"].dtype)
             caches.append([_input(graph, f"{kv}_cache_{i}", like) for kv in "kv"])
-            layers.append(LayerCache(group=windows.index(int(node.args[4])), kv_heads=kv_heads, head_dim=head_dim))
+            layers.append(LayerCache(group=windows.index(int(args_of(node)[4])), kv_heads=kv_heads, head_dim=head_dim))
     first_compute = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first_compute):
         for name, target in inputs.items():
             replacement = new[name] if name == "rows" else graph.call_function(A.unsqueeze.default, (new[name], 0))
             old[target].replace_all_uses_with(replacement)
-        groups = [[graph.call_function(A.select.int, (new[name], 0, g)) for name in ("slots", "block_tables")] for g in range(len(windows))]
+        groups = [
+            [graph.call_function(A.select.int, (new[name], 0, g)) for name in ("slots", "block_tables")]
+            for g in range(len(windows))
+        ]
     for node, layer, cache in zip(attentions, layers, caches, strict=True):
-        q, k, v, sink, window, scale = node.args
+        q, k, v, sink, window, scale = args_of(node)
         slots, table = groups[layer.group]
         with graph.inserting_before(node):
             flat = [graph.call_function(A.squeeze.dim, (x, 0)) for x in (q, k, v)]
@@ -109,5 +112,7 @@ def _erase(graph: fx.Graph, old: object) -> None:
     remove_dead_code(graph)
     for node in list(old):  # type: ignore[call-overload]
         if node.users:
-            raise InternalError(f"The input {node.name} is still read by {next(iter(node.users)).name} after the cache was inserted.")
+            raise InternalError(
+                f"The input {node.name} is still read by {next(iter(node.users)).name} after the cache was inserted."
+            )
         graph.erase_node(node)

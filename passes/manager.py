@@ -18,7 +18,7 @@ from oxfuse.errors import InternalError, UserError
 from oxfuse.passes.check import TOLERANCE, rewrite_error, signature_of
 from oxfuse.passes.drop_noops import drop_noops
 from oxfuse.passes.fusion import Emitter, Fusion, all_fusions
-from oxfuse.passes.graph import A, Refusal, is_op, layer_name, remove_dead_code
+from oxfuse.passes.graph import A, Refusal, args_of, is_op, layer_name, remove_dead_code
 from oxfuse.passes.weights import WeightTable
 
 Policy = Literal["strict", "best_effort"]
@@ -92,11 +92,15 @@ def _fuse(fusion: Fusion, module: fx.GraphModule, weights: WeightTable) -> PassR
             with graph.inserting_before(point):
                 new = match.emit(emitter)
             graph.erase_node(point)
-            signature = signature_of(graph, match.outputs, match.inputs, weights) + signature_of(graph, new, match.inputs, weights)
+            signature = signature_of(graph, match.outputs, match.inputs, weights) + signature_of(
+                graph, new, match.inputs, weights
+            )
             if signature not in errors:
                 errors[signature] = rewrite_error(graph, match.outputs, new, match.inputs, weights)
             if not errors[signature] <= TOLERANCE:
-                raise Refusal(f"the fused form differs from the region by {errors[signature]:.1e}, more than {TOLERANCE:.0e}", anchor)
+                raise Refusal(
+                    f"the fused form differs from the region by {errors[signature]:.1e}, more than {TOLERANCE:.0e}", anchor
+                )
         except Refusal as refusal:
             for node in reversed(emitter.added):
                 graph.erase_node(node)
@@ -116,9 +120,9 @@ def _fuse(fusion: Fusion, module: fx.GraphModule, weights: WeightTable) -> PassR
 def cancel_transposes(graph: fx.Graph) -> None:
     """Replace a transpose of a transpose over the same two dims by what it began with."""
     for node in graph.nodes:
-        if is_op(node, A.transpose.int) and is_op(inner := node.args[0], A.transpose.int):
-            if set(node.args[1:]) == set(inner.args[1:]):
-                node.replace_all_uses_with(inner.args[0])
+        inner = args_of(node)[0] if is_op(node, A.transpose.int) else None
+        if is_op(inner, A.transpose.int) and set(args_of(node)[1:]) == set(args_of(inner)[1:]):
+            node.replace_all_uses_with(args_of(inner)[0])
 
 
 def _insist(result: PassResult, requested: bool) -> None:

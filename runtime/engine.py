@@ -27,7 +27,8 @@ PREFILL_CHUNK = 1024
 Step = Callable[[list[Tensor]], Tensor]
 """The inputs in the order of the manifest, caches last, all int64 before them; returns logits [R, V]."""
 
-Rows = Literal["last", "all"]
+Rows = Literal["last", "all"] | frozenset[int]
+"""Tokens whose logits are wanted: the sequence's last, all, or those at these indices in the sequence."""
 
 
 class TokenSequence:
@@ -55,18 +56,20 @@ class TokenSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """The next `count` pending tokens of a sequence. `rows`: logits of all, or of the sequence's last token."""
+    """The next `count` pending tokens of a sequence, and which of the sequence's logits are wanted as far as they come up."""
 
     sequence: TokenSequence
     count: int
     rows: Rows = "last"
 
-    @property
-    def wanted(self) -> range:
-        """Which of the `count` tokens need logits."""
+    def wanted(self) -> Sequence[int]:
+        """Return the indices in the sequence of those of the `count` tokens that need logits."""
+        begin, end = self.sequence.cached, self.sequence.cached + self.count
         if self.rows == "all":
-            return range(self.count)
-        return range(self.count - 1 if self.count == self.sequence.pending else self.count, self.count)
+            return range(begin, end)
+        if self.rows == "last":
+            return range(end - 1 if self.count == self.sequence.pending else end, end)
+        return [index for index in range(begin, end) if index in self.rows]
 
 
 class Engine:
@@ -164,26 +167,28 @@ class Engine:
         return True
 
     def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """Run one step over secured feeds and return the wanted logits of each, float32 [len(feed.wanted), V].
+        """Run one step over secured feeds and return the wanted logits of each, float32 [len(feed.wanted()), V].
 
         The sequences advance only if the step succeeds. Raises what the step raises, InternalError if it returns the wrong shape.
         """
-        rows: list[int] = []
         starts = np.cumsum([0, *(feed.count for feed in feeds)])
-        for start, feed in zip(starts, feeds, strict=False):
-            rows += [int(start) + i for i in feed.wanted]
+        wanted = [feed.wanted() for feed in feeds]
+        rows = [
+            int(start) + index - feed.sequence.cached
+            for start, feed, indices in zip(starts, feeds, wanted, strict=False)
+            for index in indices
+        ]
         with torch.no_grad(), intra_op_threads(self.threads):
             logits = self.step([*self._inputs(feeds, starts, rows or [0]), *self.caches])
         if logits.dim() != 2 or logits.shape[0] != max(1, len(rows)):
             raise InternalError(
                 f"The step returned logits of shape {list(logits.shape)}, {max(1, len(rows))} rows were asked for."
             )
-        wanted = [len(feed.wanted) for feed in feeds]
         self.steps += 1
         for feed in feeds:
             feed.sequence.cached += feed.count
             self._free_old(feed.sequence)
-        return list(torch.split(logits[: len(rows)].float(), wanted))
+        return list(torch.split(logits[: len(rows)].float(), [len(indices) for indices in wanted]))
 
     def _inputs(self, feeds: Sequence[Feed], starts: np.ndarray, rows: Sequence[int]) -> list[Tensor]:
         """Return int64 token_ids[T], positions[T], query_start[N+1], kv_lens[N], slots[G,T], block_tables[G,N,M], rows[R]."""

@@ -118,7 +118,7 @@ class GenerationJob(Job):
         self._reason: FinishReason = "length"
         self.done = self._limit == 0
 
-    def receive(self, first: int, logits: Tensor) -> None:
+    def receive(self, indices: Sequence[int], logits: Tensor) -> None:
         """Sample the next token from the last row of `logits`."""
         token = self._sampler.pick(logits[-1], self.sequence.tokens)
         self._tokens.append(token)

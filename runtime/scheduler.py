@@ -32,8 +32,8 @@ class Job(ABC):
         self.error: BaseException | None = None
 
     @abstractmethod
-    def receive(self, first: int, logits: Tensor) -> None:
-        """Take the logits [n, V], float32, of the sequence's tokens from index `first` on; append tokens to it or set `done`."""
+    def receive(self, indices: Sequence[int], logits: Tensor) -> None:
+        """Take the logits [n, V], float32, of the n tokens at `indices` in the sequence; append tokens to it or set `done`."""
 
 
 class Scheduler:
@@ -118,13 +118,13 @@ class Scheduler:
         plan = self._plan()
         if not plan:
             return
-        firsts = [feed.sequence.cached + feed.wanted.start for feed in plan.values()]
+        wanted = [feed.wanted() for feed in plan.values()]
         undelivered = dict.fromkeys(plan)
         try:
             results = self.engine.run([*plan.values()])
-            for job, first, logits in zip(plan, firsts, results, strict=True):
+            for job, indices, logits in zip(plan, wanted, results, strict=True):
                 if len(logits):
-                    self._deliver(job, first, logits)
+                    self._deliver(job, indices, logits)
                 del undelivered[job]
         except Exception as error:
             for job in undelivered:
@@ -135,9 +135,9 @@ class Scheduler:
             raise
         self._sweep()
 
-    def _deliver(self, job: Job, first: int, logits: Tensor) -> None:
+    def _deliver(self, job: Job, indices: Sequence[int], logits: Tensor) -> None:
         try:
-            job.receive(first, logits)
+            job.receive(indices, logits)
         except Exception as error:  # it concerns this job alone
             self._retire(job, error)
         if job.done:

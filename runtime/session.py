@@ -21,7 +21,7 @@ class _LastRow(Job):
 
     logits: Tensor
 
-    def receive(self, first: int, logits: Tensor) -> None:
+    def receive(self, indices: Sequence[int], logits: Tensor) -> None:
         self.logits, self.done = logits[-1].clone(), True
 
 

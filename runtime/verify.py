@@ -58,7 +58,7 @@ def compare_golden(model: CompiledModel, path: Path, on_step: Callable[[], objec
         raise damaged(path, f"lacks the tensor {error}") from None
     if expected.shape != (len(rows), model.vocab_size) or positions.shape != tokens.shape or not len(rows):
         raise damaged(path, f"has logits {list(expected.shape)} for {len(rows)} rows of a vocabulary of {model.vocab_size}")
-    found = model.logits(tokens[None], position_ids=positions[None], on_step=on_step)[0][rows]
+    found = model.row_logits(tokens, positions, rows.tolist(), on_step)
     difference = found.double() - expected.double()
     return GoldenError(
         tokens=len(tokens),

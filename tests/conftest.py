@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import oxfuse
 import pytest
+
+import oxfuse
 
 from .parity.cases import CASES, Case
 

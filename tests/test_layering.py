@@ -49,7 +49,11 @@ def test_passes_and_runtime_name_no_model(folder):
         if path.suffix == ".py":  # a docstring may say where a formula comes from, code may not know a model
             nodes = ast.walk(ast.parse(path.read_text()))
             words = [getattr(n, "id", getattr(n, "attr", "")) or "" for n in nodes]
-            words += [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str) and "\n" not in n.value and len(n.value) < 60]
+            words += [
+                n.value
+                for n in ast.walk(ast.parse(path.read_text()))
+                if isinstance(n, ast.Constant) and isinstance(n.value, str) and "\n" not in n.value and len(n.value) < 60
+            ]
             tree = {name for name in MODEL_NAMES if any(name in word.lower() for word in words)}
         assert not tree, f"{path.relative_to(ROOT)} names {tree}"
 

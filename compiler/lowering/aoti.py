@@ -20,7 +20,7 @@ from oxfuse.errors import InternalError
 
 LIBRARY = "program.so"
 VECTOR_BITS = {"x86-64-v2": 1, "x86-64-v3": 256, "x86-64-v4": 512}
-"""Vector width that Inductor may write code for, by level (1: none; it knows no SSE). The compiler's own -march does not bound it."""
+"""Vector width that Inductor may write code for, by level (1: none; it knows no SSE): -march alone does not bound it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def _op(qualified: str) -> torch._ops.OpOverload:
 
 
 def lower(program: ExportedProgram, folder: Path, level: str) -> Lowered:
-    """Compile `program` for an x86-64 level into `folder`, which is made. Raises InternalError if Inductor yields other files than expected."""
+    """Compile `program` for an x86-64 level into `folder`, which is made. Raises InternalError if Inductor yields other files."""
     module = program.module(check_guards=False)
     args, kwargs = program.example_inputs or ((), {})
     files = torch._inductor.aot_compile(module, args, kwargs, options=options(level))

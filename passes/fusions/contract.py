@@ -29,7 +29,9 @@ class CpuKernel:
     def __post_init__(self) -> None:
         wrong = [name for name in self.ops if not re.fullmatch(r"oxfuse::[a-z_][a-z0-9_]*", name)]
         if wrong or not self.ops:
-            raise ValueError(f"{self.source.name} declares ops {sorted(self.ops)}; each must be named oxfuse::<op>, one at least.")
+            raise ValueError(
+                f"{self.source.name} declares ops {sorted(self.ops)}; each must be named oxfuse::<op>, one at least."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

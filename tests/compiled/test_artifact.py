@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 
-import oxfuse
 import pytest
 import torch
+
+import oxfuse
 from oxfuse.runtime.verify import verify_artifact
 
 from ..parity.cases import assert_parity, random_ids
 
 ALWAYS = ("base", "mxfp4")
 PAIRWISE = ("one_kv_head", "tied", "window_1", "odd_sizes", "sixteen_experts", "original")
-"""With ALWAYS: one and several KV groups, tied and not, MXFP4 and dense, odd and even sizes, few and many experts, windows of 1 and 19."""
+"""With ALWAYS: KV groups, tied or not, MXFP4 or dense, odd sizes, few and many experts, windows of 1 and 19, three layouts."""
 
 
 @pytest.mark.parametrize("name", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in PAIRWISE)])

@@ -165,6 +165,9 @@ def test_hub(hub: str, reach: Callable[..., None]) -> None:
     names = {p.relative_to(checkpoint.folder).as_posix() for p in checkpoint.folder.rglob("*")}
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < names
     assert not any("original" in name or "README" in name for name in names)
+    assert any(
+        f"/revision/{COMMIT}" in asked or f"/tree/{COMMIT}" in asked for asked in Hub.asked
+    )  # not a branch, which may move
     assert open_source("org/model@v1")[1] == told
 
     for source, words in (

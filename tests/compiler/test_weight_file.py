@@ -170,7 +170,7 @@ def test_memory_is_bounded_by_a_piece(tmp_path: Path) -> None:
 
     narrow = WeightEntry(shape=(1 << 16, 1024), dtype=torch.bfloat16, source="s", layout=(), chunks=lambda: (wide,))
     write_weights(tmp_path / "w", {"wide": entry(wide), "turned": entry(wide.t()[:8]), "narrow": narrow}, look)
-    assert peak[0] - before < 2 * weight_file.PIECE
+    assert peak[0] - before < 48 << 20
 
 
 def test_entry_of_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

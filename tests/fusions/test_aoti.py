@@ -86,6 +86,7 @@ def compiled(layer: Layer, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["cpp", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ops", ["native"], indirect=True)
 def test_program_with_the_ops(kind: str, ops: OpsBuild, tmp_path: Path) -> None:
     plain = Layer({})
     run = compiled(Layer(dict(ops.names)) if kind == "cpp" else plain, tmp_path)

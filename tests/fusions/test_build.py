@@ -43,21 +43,18 @@ def test_two_builds_live_in_one_process(ops: OpsBuild, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_tag_follows_the_sources(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    schema = 'OXFUSE_OP(nothing, "(Tensor x) -> Tensor")'
-    text = f'#include "ops.h"\nnamespace oxfuse {{ static Tensor nothing(const Tensor& x) {{ return x; }} }}\n{schema}\n'
-    header = Path(build_ops.__code__.co_filename).parent / "ops.h"
-    tags = set()
-    for folder, comment in (("a", ""), ("b", "// other\n")):
-        (source := tmp_path / folder / "nothing.cpp").write_text(text.replace("ops.h", str(header)) + comment)
-        build = build_ops([CpuKernel(source=source, ops={"oxfuse::rms_norm": "nothing"})], "native", tmp_path / folder / "x.so")
-        tags.add(build.tag)
-        assert str(tmp_path).encode() not in build.path.read_bytes()
-    assert len(tags) == 2
+def test_the_tag_follows_the_sources_and_nothing_else(tmp_path: Path) -> None:
+    builds = []
+    for folder, text in (("a", "int x;"), ("b", "int x;"), ("c", "int y;")):
+        (tmp_path / folder).mkdir()
+        (source := tmp_path / folder / "nothing.cpp").write_text(f"namespace oxfuse {{ {text} const char* file = __FILE__; }}\n")
+        kernel = CpuKernel(source=source, ops={"oxfuse::rms_norm": "nothing"})
+        builds.append(build_ops([kernel], "native", tmp_path / folder / "x.so"))
+    a, b, c = builds
+    assert a.tag == b.tag != c.tag and a.names["oxfuse::rms_norm"] == f"oxfuse::nothing_{a.tag}"
+    assert str(tmp_path).encode() not in a.path.read_bytes()
     with pytest.raises(InternalError, match="is not registered"):
-        load_ops(dataclasses.replace(build, names={"oxfuse::rms_norm": "oxfuse::elsewhere_00"}))
+        load_ops(a)
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -156,7 +153,8 @@ def test_attention_refuses(ops: OpsBuild) -> None:
     q, k, v, _, k_cache, *_ = case(ATTENTION, "decode")
     refused("k_cache must be a contiguous", k_cache=k_cache.transpose(1, 2).contiguous().transpose(1, 2))
     refused("v has dtype", v=v.bfloat16())
-    refused("q must be float32 or bfloat16", **{name: x.double() for name, x in zip(names[:3], (q, k, v), strict=True)}, k_cache=k_cache.double(), v_cache=k_cache.double())
+    wide = {name: x.double() for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, k_cache, k_cache), strict=True)}
+    refused("q has dtype ScalarType 7, expected float32 or bfloat16", **wide)
     refused("slots has shape", slots=torch.tensor([8, 9]))
     refused("slot 10000 is outside", slots=torch.tensor([10000]))
     refused("slot -2 is outside", slots=torch.tensor([-2]))

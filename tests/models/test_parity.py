@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from oxfuse.models import load_reference
 from oxfuse.models.gpt_oss import GptOssForCausalLM, GptOssModel
+from oxfuse.models.losses import load_balancing_loss
 from tests.checkpoints import TINY, random_gpt_oss, transformers_model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -236,6 +237,7 @@ def test_router_logits_without_labels_and_with_cache(pair: tuple[nn.Module, nn.M
     out = ours(tokens[:, 12:], attention_mask=mask, past_key_values=first.past_key_values, output_router_logits=True)
     whole = ours(tokens, attention_mask=mask, output_router_logits=True)
     assert out.loss is None and whole.loss is None
+    close(out.aux_loss, load_balancing_loss(out.router_logits, 2, mask[:, 12:]))
     close(whole.aux_loss, theirs(tokens, attention_mask=mask, output_router_logits=True).aux_loss)
     for part, full in zip(out.router_logits, whole.router_logits, strict=True):
         close(part, full.view(2, 20, -1)[:, 12:].flatten(0, 1))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from oxfuse.models import load_reference
 from oxfuse.runtime import CompiledModel
-from torch import Tensor, nn
 
 from ..checkpoints import TINY, random_gpt_oss, transformers_model
 
@@ -54,7 +55,7 @@ CASES = [
     Case("eight_kv_heads", dict(num_attention_heads=8, num_key_value_heads=8, head_dim=8)),
     Case("tied", dict(tie_word_embeddings=True)),
     Case("window_1", dict(sliding_window=1)),
-    Case("odd_sizes", dict(hidden_size=54, intermediate_size=37, vocab_size=173, num_attention_heads=3, num_key_value_heads=3, head_dim=10)),
+    Case("odd_sizes", dict(hidden_size=54, intermediate_size=37, vocab_size=173, num_attention_heads=3, num_key_value_heads=3, head_dim=10)),  # noqa: E501
     Case("own_layer_types", dict(num_hidden_layers=4, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2)),
     Case("two_experts", dict(num_local_experts=2, num_experts_per_tok=1)),
     Case("sixteen_experts", dict(num_local_experts=16, num_experts_per_tok=4)),
@@ -124,7 +125,7 @@ def assert_greedy(model: CompiledModel, reference: nn.Module, case: Case, folder
 
 
 def near_ties(folder: Path, ids: Tensor, rows: range) -> set[int]:
-    """Return the rows (counted from rows.start) whose two best tokens, or a router's last chosen and first left expert, lie together."""
+    """Return which of `rows`, counted from its start, have two best tokens or two experts at the edge of the choice close together."""
     exact = load_reference(folder, torch.float64)(input_ids=ids, output_router_logits=True, use_cache=False)
     gap = exact.logits[0, rows.start : rows.stop].topk(2).values.diff().abs().flatten()
     close = gap < SMALL_GAP

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, fx
+
 from oxfuse.compiler.fuse import Fused, cache_spec, fuse
 from oxfuse.compiler.lowering.aoti import use_ops
 from oxfuse.compiler.options import CompileOptions
@@ -15,7 +17,6 @@ from oxfuse.models.virtual import virtual_model
 from oxfuse.passes.fusions.build import OpsBuild
 from oxfuse.runtime import CompiledModel
 from oxfuse.runtime.engine import Engine
-from torch import Tensor, fx
 
 Change = Callable[[fx.GraphModule, dict[str, Tensor]], None]
 """Alters the step graph or the values of its weights: a defect."""

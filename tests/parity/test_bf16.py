@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from oxfuse.models import load_reference
 from oxfuse.passes.fusions.moe_dispatch import reference as moe
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, fx
+
 from oxfuse.passes.fusions.moe_dispatch import reference as moe
 from oxfuse.runtime import CompiledModel
-from torch import Tensor, fx
 
 from .cases import CASES, Case, assert_logits, assert_parity
 from .fused import fused_model
@@ -102,7 +103,7 @@ CONFIG = {
 
 
 def assert_bites(model: CompiledModel, case: Case, folder: Path, scratch: Path) -> None:
-    with pytest.raises(AssertionError, match="error|differs"):
+    with pytest.raises(AssertionError, match=r"error|differs"):
         assert_parity(model, case.transformers(folder, scratch), case, folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from oxfuse.errors import UserError
 from oxfuse.passes.graph import A, is_op
 from oxfuse.passes.manager import run_passes

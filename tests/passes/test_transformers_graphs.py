@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from oxfuse.passes.manager import run_passes
 from oxfuse.passes.weights import table_of
 

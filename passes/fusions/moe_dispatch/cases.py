@@ -86,7 +86,10 @@ def _naive(
     limit: float,
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64)
-    first, second = ([_rows(w[e], None if s is None else s[e]) for e in range(len(w))] for w, s in ((gate_up, gate_up_scales), (down, down_scales)))
+    first, second = (
+        [_rows(w[e], None if s is None else s[e]) for e in range(len(w))]
+        for w, s in ((gate_up, gate_up_scales), (down, down_scales))
+    )
     for token, result in zip(x.reshape(-1, x.shape[-1]).double(), out.view(-1, x.shape[-1]), strict=True):
         logits = [float(row @ token + b) for row, b in zip(router_weight.double(), router_bias.double(), strict=True)]
         chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]

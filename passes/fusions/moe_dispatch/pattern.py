@@ -19,6 +19,7 @@ from oxfuse.passes.graph import (
     Refusal,
     after_casts,
     ancestors,
+    args_of,
     as_node,
     constant,
     dtype_of,
@@ -37,16 +38,26 @@ from oxfuse.passes.weights import SwapRowsAndColumns, WeightTable
 
 def match(topk: fx.Node, weights: WeightTable) -> Match:
     """Return the match around `topk`, or refuse."""
-    router = the_op(uncast(topk.args[0]), "a linear router under the top-k", A.linear.default)
-    require(len(router.args) == 3, "the router has no bias", router)
-    x, router_weight, router_bias = (as_node(uncast(a)) for a in router.args)
-    top_k = int(constant(topk.args[1], "the number of chosen experts", topk))
+    router = the_op(uncast(args_of(topk)[0]), "a linear router under the top-k", A.linear.default)
+    require(len(args_of(router)) == 3, "the router has no bias", router)
+    x, router_weight, router_bias = (as_node(uncast(a)) for a in args_of(router))
+    top_k = int(constant(args_of(topk)[1], "the number of chosen experts", topk))
     experts, hidden = shape_of(router_weight)
     out = _end(topk, x)
     region = ancestors([out], [x])
     read = [n for n in in_order(topk.graph, region) if n.op == "get_attr" and n not in (router_weight, router_bias)]
-    inner = only([n for n in read if len(shape_of(n)) == 3 and shape_of(n)[1] == hidden and shape_of(n)[2] % 2 == 0
-                  and _has(read, (experts, shape_of(n)[2] // 2, hidden))], "gate and up weight [experts, hidden, 2·inner]", topk)
+    inner = only(
+        [
+            n
+            for n in read
+            if len(shape_of(n)) == 3
+            and shape_of(n)[1] == hidden
+            and shape_of(n)[2] % 2 == 0
+            and _has(read, (experts, shape_of(n)[2] // 2, hidden))
+        ],
+        "gate and up weight [experts, hidden, 2·inner]",
+        topk,
+    )
     size = shape_of(inner)[2] // 2
     gate_up, gate_up_bias, down, down_bias = _roles(read, inner, (experts, size, hidden), topk)
     alpha, limit = _activation(topk.graph, region, topk)
@@ -88,7 +99,9 @@ def _roles(read: list[fx.Node], gate_up: fx.Node, down_shape: tuple[int, ...], t
     if 2 * size == hidden:  # alike in shape: the first one read belongs to the first product
         require([shape_of(n) for n in biases] == [(experts, hidden)] * 2, "the experts' biases are missing", topk)
         return gate_up, biases[0], down, biases[1]
-    gate_up_bias = only([n for n in biases if shape_of(n) == (experts, 2 * size)], f"gate and up bias {[experts, 2 * size]}", topk)
+    gate_up_bias = only(
+        [n for n in biases if shape_of(n) == (experts, 2 * size)], f"gate and up bias {[experts, 2 * size]}", topk
+    )
     down_bias = only([n for n in biases if shape_of(n) == (experts, hidden)], f"down bias {[experts, hidden]}", topk)
     return gate_up, gate_up_bias, down, down_bias
 
@@ -96,9 +109,9 @@ def _roles(read: list[fx.Node], gate_up: fx.Node, down_shape: tuple[int, ...], t
 def _activation(graph: fx.Graph, region: set[fx.Node], topk: fx.Node) -> tuple[float, float]:
     """Return alpha and limit of (up + 1) · gate · sigmoid(alpha · gate), gate and up clamped."""
     sigmoid = only([n for n in in_order(graph, region) if is_op(n, A.sigmoid.default)], "sigmoid", topk)
-    scaled = uncast(sigmoid.args[0])
-    alpha = constant(scaled.args[1], "alpha", scaled) if is_op(scaled, A.mul.Tensor, A.mul.Scalar) else 1.0
-    limits = {float(b) for n in region if is_op(n, A.clamp.default, A.clamp_max.default) for b in n.args[1:] if b is not None}
+    scaled = uncast(args_of(sigmoid)[0])
+    alpha = constant(args_of(scaled)[1], "alpha", scaled) if is_op(scaled, A.mul.Tensor, A.mul.Scalar) else 1.0
+    limits = {float(b) for n in region if is_op(n, A.clamp.default, A.clamp_max.default) for b in args_of(n)[1:] if b is not None}
     limits = {abs(b) for b in limits if math.isfinite(b)}
     require(len(limits) == 1, f"gate and up are clamped at {sorted(limits) or 'nothing'}, not at one limit", sigmoid)
     return alpha, limits.pop()

@@ -10,9 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
-
 def moe_dispatch(
     x: Tensor,
     router_weight: Tensor,
@@ -42,8 +39,9 @@ def moe_dispatch(
     total = torch.zeros_like(tokens, dtype=weights.dtype)
     for first in range(gate_up.shape[0]):  # one at a time: all experts of a layer in float32 may be more than the memory
         one = slice(first, first + 1)
-        gate_up_scale, down_scale = (None if scales is None else scales[one] for scales in (gate_up_scales, down_scales))
-        output = experts(tokens, gate_up[one], gate_up_scale, gate_up_bias[one], down[one], down_scale, down_bias[one], alpha, limit)
+        scales = [None if part is None else part[one] for part in (gate_up_scales, down_scales)]
+        first_bank, second_bank = (gate_up[one], scales[0], gate_up_bias[one]), (down[one], scales[1], down_bias[one])
+        output = experts(tokens, *first_bank, *second_bank, alpha, limit)
         total = total + combine(output, indices, weights, first)
     return total.to(x.dtype).reshape(x.shape).contiguous()
 
@@ -98,8 +96,11 @@ def combine(outputs: Tensor, indices: Tensor, weights: Tensor, first: int = 0) -
 
 def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of MXFP4 `blocks` [..., K / 32, 16] with `scales` [..., K / 32] (both uint8) as [..., K] in `dtype`."""
-    table = torch.tensor(E2M1, dtype=dtype, device=blocks.device)
-    values = table[torch.stack([blocks & 15, blocks >> 4], -1).to(torch.int64)].flatten(-2)  # [..., K / 32, 32]
+    # By arithmetic, not from a table: a table would become one more constant of every program that this is traced into.
+    code = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)  # [..., K / 32, 32]
+    exponent, mantissa = code >> 1 & 3, code & 1
+    twice = torch.where(exponent == 0, mantissa, (2 + mantissa) << (exponent - 1).clamp(min=0, max=2)).to(dtype)
+    values = torch.where(code < 8, twice, -twice) / 2
     return torch.ldexp(values, scales.to(torch.int32)[..., None] - 127).flatten(-2)
 
 

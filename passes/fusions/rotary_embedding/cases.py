@@ -13,7 +13,9 @@ from oxfuse.passes.fusions.contract import OpCase
 OP = "oxfuse::rotary_embedding"
 
 
-def _case(name: str, shape: tuple[int, ...], heads: int, kv: int, dim: int, rotated: int, *, start: int = 0, strided: bool = False) -> OpCase:
+def _case(
+    name: str, shape: tuple[int, ...], heads: int, kv: int, dim: int, rotated: int, *, start: int = 0, strided: bool = False
+) -> OpCase:
     def args(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(*shape, n, dim, generator=generator).to(dtype) for n in (heads, kv))
@@ -30,7 +32,9 @@ def _naive(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, scale: flo
     results = []
     for x in (q, k):
         out = x.to(torch.float64, copy=True)
-        for place in torch.cartesian_prod(*(torch.arange(size) for size in (*positions.shape, x.shape[-2]))).view(-1, x.dim() - 1).tolist():
+        for place in (
+            torch.cartesian_prod(*(torch.arange(size) for size in (*positions.shape, x.shape[-2]))).view(-1, x.dim() - 1).tolist()
+        ):
             *token, head = place
             for i, freq in enumerate(inv_freq):
                 angle = float(positions[tuple(token)].to(torch.float32) * freq)  # rounded to float32 by definition

@@ -13,7 +13,22 @@ from torch import fx
 
 from oxfuse.passes.fusion import Emitter, Fusion, Match
 from oxfuse.passes.fusions.rotary_embedding import reference as reference  # registers the op
-from oxfuse.passes.graph import OXFUSE, A, Refusal, ancestors, as_node, is_op, is_tensor, only, require, shape_of, the_op, through, uncast
+from oxfuse.passes.graph import (
+    OXFUSE,
+    A,
+    Refusal,
+    ancestors,
+    args_of,
+    as_node,
+    is_op,
+    is_tensor,
+    only,
+    require,
+    shape_of,
+    the_op,
+    through,
+    uncast,
+)
 from oxfuse.passes.weights import WeightTable
 
 _Rotation = tuple[fx.Node, fx.Node, fx.Node]
@@ -23,8 +38,8 @@ _RESHAPES = (A.unsqueeze.default, A.expand.default, A.view.default, A.reshape.de
 def rotation(rotated: fx.Node) -> _Rotation:
     """Return (x, cos, sin) of a rotated tensor [B, heads, S, D], or refuse."""
     node = uncast(rotated)
-    if is_op(node, A.cat.default) and len(node.args[0]) == 2:
-        first, second = (uncast(part) for part in node.args[0])
+    if is_op(node, A.cat.default) and len(args_of(node)[0]) == 2:
+        first, second = (uncast(part) for part in args_of(node)[0])
         if is_op(first, A.sub.Tensor) and is_op(second, A.add.Tensor):
             return _by_halves(first, second)
         x, cos, sin = _by_rotate_half(the_op(first, "the rotated part of a partial rotation", A.add.Tensor))
@@ -36,8 +51,8 @@ def rotation(rotated: fx.Node) -> _Rotation:
 
 def _by_halves(first: fx.Node, second: fx.Node) -> _Rotation:
     """cat(a·cos - b·sin, b·cos + a·sin) with a and b the halves of x."""
-    (a, cos), (b, sin) = (_product(arg) for arg in first.args)
-    pairs = [_product(arg) for arg in second.args]
+    (a, cos), (b, sin) = (_product(arg) for arg in args_of(first))
+    pairs = [_product(arg) for arg in args_of(second)]
     require([tuple(p) for p in pairs] in ([(b, cos), (a, sin)], [(a, sin), (b, cos)]), "not a rotation of two halves", second)
     half_a, half_b = _half(a), _half(b)
     require(half_a[0] is half_b[0] and (half_a[1], half_b[1]) == (0, 1), "the halves are not of one tensor", first)
@@ -46,11 +61,11 @@ def _by_halves(first: fx.Node, second: fx.Node) -> _Rotation:
 
 def _by_rotate_half(total: fx.Node) -> _Rotation:
     """x·cos + cat(-x2, x1)·sin."""
-    (x, cos), (turned, sin) = (_product(arg) for arg in total.args)
+    (x, cos), (turned, sin) = (_product(arg) for arg in args_of(total))
     the_op(turned, "rotate_half", A.cat.default)
-    minus, first = (uncast(part) for part in turned.args[0])
+    minus, first = (uncast(part) for part in args_of(turned)[0])
     the_op(minus, "the negated second half", A.neg.default)
-    half_a, half_b = _half(first), _half(minus.args[0])
+    half_a, half_b = _half(first), _half(args_of(minus)[0])
     whole = half_a[0] is uncast(x) and half_b[0] is uncast(x)
     require(whole and (half_a[1], half_b[1]) == (0, 1), "rotate_half is of another tensor", total)
     return as_node(uncast(x)), cos, sin
@@ -58,7 +73,7 @@ def _by_rotate_half(total: fx.Node) -> _Rotation:
 
 def _product(node: Any) -> tuple[fx.Node, fx.Node]:
     product = the_op(uncast(node), "a product with cos or sin", A.mul.Tensor)
-    a, b = (as_node(uncast(arg)) for arg in product.args)
+    a, b = (as_node(uncast(arg)) for arg in args_of(product))
     return (b, a) if len(shape_of(a)) == 4 and _is_table(a) and not _is_table(b) else (a, b)
 
 
@@ -69,17 +84,17 @@ def _is_table(node: fx.Node) -> bool:
 
 def _unscaled(node: Any) -> Any:
     while is_op(node, *_RESHAPES, A.to.dtype, A.to.dtype_layout, A._to_copy.default, A.mul.Tensor, A.mul.Scalar, A.slice.Tensor):
-        node = node.args[0]
+        node = args_of(node)[0]
     return node
 
 
 def _half(node: Any) -> tuple[fx.Node, int]:
     """Return (x, which half) of one half of the last dim of x."""
     node = as_node(uncast(node))
-    if is_op(node, operator.getitem) and is_op(node.args[0], A.chunk.default, A.split.Tensor, A.split_with_sizes.default):
-        x, size = as_node(uncast(node.args[0].args[0])), shape_of(node)[-1]
+    if is_op(node, operator.getitem) and is_op(args_of(node)[0], A.chunk.default, A.split.Tensor, A.split_with_sizes.default):
+        x, size = as_node(uncast(args_of(node)[0].args[0])), shape_of(node)[-1]
         require(2 * size == shape_of(x)[-1], "the parts are not halves", node)
-        return x, int(node.args[1])
+        return x, int(args_of(node)[1])
     part = _slice_of(node)
     if part is None:
         raise Refusal("not a half of a tensor", node)
@@ -92,18 +107,18 @@ def _half(node: Any) -> tuple[fx.Node, int]:
 def _slice_of(node: Any) -> tuple[fx.Node, int, int] | None:
     """Return (x, start, end) of a slice of the last dim, or None."""
     node = uncast(node)
-    if not is_op(node, A.slice.Tensor) or node.args[1] not in (-1, 3) or len(node.args) > 4 and node.args[4] != 1:
+    if not is_op(node, A.slice.Tensor) or args_of(node)[1] not in (-1, 3) or (len(args_of(node)) > 4 and args_of(node)[4] != 1):
         return None
-    x = as_node(uncast(node.args[0]))
+    x = as_node(uncast(args_of(node)[0]))
     size = shape_of(x)[-1]
-    start = int(node.args[2] or 0) if len(node.args) > 2 else 0
-    end = int(node.args[3]) if len(node.args) > 3 and node.args[3] is not None else size
+    start = int(args_of(node)[2] or 0) if len(args_of(node)) > 2 else 0
+    end = int(args_of(node)[3]) if len(args_of(node)) > 3 and args_of(node)[3] is not None else size
     return x, start % size if start < 0 else start, min(end if end >= 0 else end + size, size)
 
 
 def match(attention: fx.Node, weights: WeightTable) -> Match:
     """Return the match behind the q and k of a fused attention, or refuse."""
-    turned = [as_node(the_op(a, "queries and keys, heads first", A.transpose.int).args[0]) for a in attention.args[:2]]
+    turned = [as_node(the_op(a, "queries and keys, heads first", A.transpose.int).args[0]) for a in args_of(attention)[:2]]
     (q, cos, sin), (k, cos_k, sin_k) = (rotation(node) for node in turned)
     same = uncast(through(cos, *_RESHAPES)) is uncast(through(cos_k, *_RESHAPES))
     same = same and uncast(through(sin, *_RESHAPES)) is uncast(through(sin_k, *_RESHAPES))
@@ -128,10 +143,10 @@ def _scale(table: fx.Node) -> float:
     scale, node = 1.0, table
     while not is_op(node, A.cos.default, A.sin.default):
         if is_op(node, A.mul.Tensor, A.mul.Scalar):
-            require(isinstance(node.args[1], int | float), "cos is scaled by a tensor", node)
-            scale *= float(str(node.args[1]))
+            require(isinstance(args_of(node)[1], int | float), "cos is scaled by a tensor", node)
+            scale *= float(str(args_of(node)[1]))
         node = the_op(node, "cos or sin", *_RESHAPES, A.to.dtype, A.to.dtype_layout, A._to_copy.default, A.mul, A.slice.Tensor)
-        node = as_node(node.args[0])
+        node = as_node(args_of(node)[0])
     return scale
 
 
@@ -141,7 +156,7 @@ def _is_int(node: fx.Node) -> bool:
 
 def _anchors(graph: fx.Graph) -> list[fx.Node]:
     attentions = [n for n in graph.nodes if is_op(n, OXFUSE.sink_attention_dense.default)]
-    return [n for n in attentions if not is_op(through(n.args[0], operator.getitem), OXFUSE.rotary_embedding.default)]
+    return [n for n in attentions if not is_op(through(args_of(n)[0], operator.getitem), OXFUSE.rotary_embedding.default)]
 
 
 FUSION = Fusion(

@@ -17,7 +17,9 @@ from oxfuse.passes.fusions.contract import OpCase
 DENSE, PAGED = "oxfuse::sink_attention_dense", "oxfuse::sink_attention"
 
 
-def _dense(name: str, batch: int, length: int, heads: int, kv: int, dim: int, window: int, *, sink: bool = True, strided: bool = False) -> OpCase:
+def _dense(
+    name: str, batch: int, length: int, heads: int, kv: int, dim: int, window: int, *, sink: bool = True, strided: bool = False
+) -> OpCase:
     def args(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(batch, length, n, dim, generator=generator).to(dtype) for n in (heads, kv, kv))
@@ -119,7 +121,10 @@ def _naive_paged(
             i = length - (end - t)
             keys = [j for j in range(i + 1) if not window or j > i - window]
             for h in range(q.shape[1]):
-                column = [[cache[block_table[n, j // block_size], j % block_size, h // group].tolist() for j in keys] for cache in (k_cache, v_cache)]
+                column = [
+                    [cache[block_table[n, j // block_size], j % block_size, h // group].tolist() for j in keys]
+                    for cache in (k_cache, v_cache)
+                ]
                 out[t, h] = _attend(q[t, h].tolist(), *column, None if sink is None else float(sink[h]), scale)
     return out
 

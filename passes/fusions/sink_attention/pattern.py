@@ -18,6 +18,7 @@ from oxfuse.passes.graph import (
     OXFUSE,
     A,
     Refusal,
+    args_of,
     as_node,
     constant,
     dtype_of,
@@ -39,13 +40,13 @@ _CASTS_AND_DROPOUT = (A.to.dtype, A.to.dtype_layout, A._to_copy.default, A.dropo
 
 def ungroup(node: fx.Node) -> fx.Node:
     """Return the KV heads behind their repetition for grouped queries, or the node itself."""
-    if is_op(node, A.repeat_interleave.self_int) and node.args[2] == 1:
-        return as_node(node.args[0])
+    if is_op(node, A.repeat_interleave.self_int) and args_of(node)[2] == 1:
+        return as_node(args_of(node)[0])
     grown = through(node, A.clone.default, A.contiguous.default)
-    if is_op(grown, A.reshape.default, A.view.default, A.flatten.using_ints) and is_op(grown.args[0], A.expand.default):
-        inner = through(grown.args[0].args[0], A.slice.Tensor)
-        if is_op(inner, A.unsqueeze.default) and inner.args[1] == 2:
-            return as_node(inner.args[0])
+    if is_op(grown, A.reshape.default, A.view.default, A.flatten.using_ints) and is_op(args_of(grown)[0], A.expand.default):
+        inner = through(args_of(grown)[0].args[0], A.slice.Tensor)
+        if is_op(inner, A.unsqueeze.default) and args_of(inner)[1] == 2:
+            return as_node(args_of(inner)[0])
     return node
 
 
@@ -79,9 +80,9 @@ _Parts = tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, Any, float, fx.Node]
 
 
 def _sdpa(node: fx.Node) -> _Parts:
-    q, k, v = (as_node(a) for a in node.args[:3])
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    dropout, causal = (node.args[i] if len(node.args) > i else d for i, d in ((4, 0.0), (5, False)))
+    q, k, v = (as_node(a) for a in args_of(node)[:3])
+    mask = args_of(node)[3] if len(args_of(node)) > 3 else node.kwargs.get("attn_mask")
+    dropout, causal = (args_of(node)[i] if len(args_of(node)) > i else d for i, d in ((4, 0.0), (5, False)))
     require(dropout == 0.0 and not causal and not node.kwargs.get("dropout_p"), "dropout or is_causal inside the op", node)
     require(not node.kwargs.get("is_causal"), "is_causal inside the op", node)
     scale = node.kwargs.get("scale")
@@ -89,31 +90,35 @@ def _sdpa(node: fx.Node) -> _Parts:
 
 
 def _softmax(softmax: fx.Node) -> _Parts:
-    require(softmax.args[1] in (-1, 3), "the softmax is not over the keys", softmax)
-    scores, probs = uncast(softmax.args[0]), softmax
+    require(args_of(softmax)[1] in (-1, 3), "the softmax is not over the keys", softmax)
+    scores, probs = uncast(args_of(softmax)[0]), softmax
     if is_op(scores, A.sub.Tensor):  # minus its own row maximum: changes nothing
-        scores, top = uncast(scores.args[0]), scores.args[1]
-        top = top.args[0] if is_op(top, operator.getitem) else top
+        scores, top = uncast(args_of(scores)[0]), args_of(scores)[1]
+        top = args_of(top)[0] if is_op(top, operator.getitem) else top
         the_op(top, "the row maximum", A.max.dim, A.amax.default)
-        require(uncast(top.args[0]) is scores and top.args[1] in (-1, 3, [-1], [3]), "the shift is not the row maximum", top)
+        require(
+            uncast(args_of(top)[0]) is scores and args_of(top)[1] in (-1, 3, [-1], [3]), "the shift is not the row maximum", top
+        )
     sink = None
     if is_op(scores, A.cat.default):
-        parts, dim = scores.args[0], scores.args[1] if len(scores.args) > 1 else 0
+        parts, dim = args_of(scores)[0], args_of(scores)[1] if len(args_of(scores)) > 1 else 0
         require(dim in (-1, 3) and len(parts) == 2, "not one column beside the scores", scores)
         scores, sink = uncast(parts[0]), _sink_behind(parts[1])
         probs = only(users_through(probs, *_CASTS_AND_DROPOUT), "use of the probabilities", probs)
-        dropped = is_op(probs, A.slice.Tensor) and probs.args[1] in (3, -1) and tuple(probs.args[2:4]) in ((0, -1), (None, -1))
+        dropped = (
+            is_op(probs, A.slice.Tensor) and args_of(probs)[1] in (3, -1) and tuple(args_of(probs)[2:4]) in ((0, -1), (None, -1))
+        )
         require(dropped, "the sink's probability is not dropped", probs)
     scores, mask = _unmask(scores)
     product, scale = _unscale(scores)
     the_op(product, "queries times keys", A.matmul.default)
-    q, keys = as_node(unwidened(product.args[0])), the_op(unwidened(product.args[1]), "transposed keys", A.transpose.int)
-    require(set(keys.args[1:]) in ({2, 3}, {-1, -2}), "the keys are not transposed", keys)
-    if is_op(q, A.mul.Tensor) and isinstance(q.args[1], float):
-        q, scale = as_node(q.args[0]), scale * q.args[1]
+    q, keys = as_node(unwidened(args_of(product)[0])), the_op(unwidened(args_of(product)[1]), "transposed keys", A.transpose.int)
+    require(set(args_of(keys)[1:]) in ({2, 3}, {-1, -2}), "the keys are not transposed", keys)
+    if is_op(q, A.mul.Tensor) and isinstance(args_of(q)[1], float):
+        q, scale = as_node(args_of(q)[0]), scale * args_of(q)[1]
     out = only(users_through(probs, *_CASTS_AND_DROPOUT), "use of the probabilities", probs)
     the_op(out, "probabilities times values", A.matmul.default)
-    k, v = (as_node(unwidened(x)) for x in (keys.args[0], out.args[1]))
+    k, v = (as_node(unwidened(x)) for x in (args_of(keys)[0], args_of(out)[1]))
     return q, k, v, sink, mask, scale, _cast_back(out, q)
 
 
@@ -132,22 +137,22 @@ def _sink_behind(column: Any) -> fx.Node:
 
 def _unmask(scores: fx.Node) -> tuple[fx.Node, Any]:
     if is_op(scores, A.add.Tensor):
-        return as_node(uncast(scores.args[0])), scores.args[1]
+        return as_node(uncast(args_of(scores)[0])), args_of(scores)[1]
     if is_op(scores, A.where.ScalarOther, A.where.self):
-        value = scores.args[2]
+        value = args_of(scores)[2]
         require(isinstance(value, float | int) and value <= -1e4, "where() does not hide with -inf", scores)
-        return as_node(uncast(scores.args[1])), scores.args[0]
-    if is_op(scores, A.masked_fill.Scalar) and is_op(scores.args[1], A.logical_not.default, A.bitwise_not.default):
-        require(constant(scores.args[2], "the fill", scores) <= -1e4, "masked_fill does not hide with -inf", scores)
-        return as_node(uncast(scores.args[0])), scores.args[1].args[0]
+        return as_node(uncast(args_of(scores)[1])), args_of(scores)[0]
+    if is_op(scores, A.masked_fill.Scalar) and is_op(args_of(scores)[1], A.logical_not.default, A.bitwise_not.default):
+        require(constant(args_of(scores)[2], "the fill", scores) <= -1e4, "masked_fill does not hide with -inf", scores)
+        return as_node(uncast(args_of(scores)[0])), args_of(scores)[1].args[0]
     raise Refusal("the scores are not masked in a known way", scores)
 
 
 def _unscale(scores: fx.Node) -> tuple[fx.Node, float]:
     if is_op(scores, A.mul.Tensor, A.mul.Scalar):
-        return as_node(uncast(scores.args[0])), constant(scores.args[1], "the scale", scores)
+        return as_node(uncast(args_of(scores)[0])), constant(args_of(scores)[1], "the scale", scores)
     if is_op(scores, A.div.Tensor, A.div.Scalar):
-        return as_node(uncast(scores.args[0])), 1 / constant(scores.args[1], "the scale", scores)
+        return as_node(uncast(args_of(scores)[0])), 1 / constant(args_of(scores)[1], "the scale", scores)
     return scores, 1.0
 
 

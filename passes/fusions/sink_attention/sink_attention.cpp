@@ -11,22 +11,26 @@ constexpr int KEYS = 60;  // keys of one tile, a multiple of NR
 
 static int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// out[m] = out[m] * keep[m] + the sum of p[m][j] * value[j] over the keys, for M heads and the dims [d, d + V * LANES).
+// out[m] = out[m] * keep[m] + the sum of p[m][j] * value[j] over the keys, for M heads and V vectors of dims from d on. A last
+// vector that is not whole comes alone.
 template <int M, int V, class T>
 static void accumulate(const T* const* value, int keys, const float (*p)[KEYS], const float* keep, int64_t d, int64_t dim, int64_t stride,
                        float* out) {
   Floats acc[M][V];
-  const bool whole = d + V * LANES <= dim;
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < V; ++i) acc[m][i] = load(out + m * stride + d + i * LANES) * keep[m];
-  for (int j = 0; j < keys; ++j)
+#pragma GCC unroll 16
+  for (int i = 0; i < M * V; ++i) acc[i / V][i % V] = load(out + i / V * stride + d + i % V * LANES) * keep[i / V];
+  const int64_t count = std::min<int64_t>(V * LANES, dim - d);
+  for (int j = 0; j < keys; ++j) {
+    const T* at = value[j] + d;
+#pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
-      const T* at = value[j] + d + i * LANES;
-      const Floats values = whole ? load(at) : load(at, std::min<int64_t>(LANES, dim - d - i * LANES));
+      const Floats values = V == 1 && count < LANES ? load(at, count) : load(at + i * LANES);
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) acc[m][i] += values * p[m][j];
     }
-  for (int m = 0; m < M; ++m)
-    for (int i = 0; i < V; ++i) store(out + m * stride + d + i * LANES, acc[m][i]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M * V; ++i) store(out + i / V * stride + d + i % V * LANES, acc[i / V][i % V]);
 }
 
 template <int M, class T>
