@@ -49,11 +49,16 @@ class SafetensorsFile:
         self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """Return a tensor, or a slice of its dim 0, as a view of the mapping; a copy only where the file misaligns it."""
+        """Return a tensor, or a slice of its dim 0, as a view of the mapping; a copy where the file misaligns it."""
         entry = self.entries[name]
-        raw = self._bytes[entry.start : entry.start + entry.nbytes]
-        whole = (raw.clone() if entry.start % entry.dtype.itemsize else raw).view(entry.dtype).view(entry.shape)
-        return whole if rows is None else whole[rows]
+        start, end, shape = entry.start, entry.start + entry.nbytes, entry.shape
+        if rows is not None:
+            first, last, step = rows.indices(shape[0])
+            assert step == 1, "rows are a run"
+            row, shape = entry.nbytes // max(1, shape[0]), (max(0, last - first), *shape[1:])
+            start, end = entry.start + first * row, entry.start + max(first, last) * row
+        raw = self._bytes[start:end]
+        return (raw.clone() if start % entry.dtype.itemsize else raw).view(entry.dtype).view(shape)
 
 
 def read_entries(path: Path) -> dict[str, Entry]:

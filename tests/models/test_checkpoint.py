@@ -324,6 +324,11 @@ def test_snapshots_of_the_hub_cache_link_to_their_blobs(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").rename(blobs / "0123")
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs/0123"))
     load_reference(snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (blobs / "0123").rename(blobs.parent / "0123")
+    (snapshot / "model.safetensors").symlink_to(Path("../../0123"))
+    with pytest.raises(UserError, match="outside the folder"):
+        load_reference(snapshot)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
@@ -354,7 +359,8 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
             Checkpoint.open(tmp_path)
 
 
-def test_registry(tmp_path: Path) -> None:
+def test_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oxfuse.models.contract._registered", {})
     with pytest.raises(UserError, match=r"model_type is 'llama'; oxfuse knows gpt_oss"):
         lookup("llama")
     fields = {name: getattr(CONTRACT, name) for name in ("parse_config", "tasks", "architectures", "tensor_sources")}
