@@ -36,6 +36,7 @@ from oxfuse.models.gpt_oss.model import GptOssMLP
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 SLICE_TOKENS = 256
+CHAT_TEMPLATE = Path(__file__).parent / "tiny-gpt-oss" / "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,13 +262,14 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint, measure it as loaded back, and record both.
 
-    README.md and chat_template.jinja are written by hand and stay as they are.
+    The chat template is the bundled one, written by hand; so is README.md, which describes one run and is not copied.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(tokenizer)
     stop = [tokenizer.token_to_id(RETURN), tokenizer.token_to_id(END_OF_TEXT)]
     generation = {"do_sample": True, "eos_token_id": stop, "pad_token_id": config["pad_token_id"]}
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / CHAT_TEMPLATE.name).write_text(CHAT_TEMPLATE.read_text())
     for name, content in (
         ("config.json", config),
         ("generation_config.json", generation),

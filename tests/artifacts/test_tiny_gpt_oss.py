@@ -142,11 +142,12 @@ def test_held_out_loss_of_this_interpreters_library(model: torch.nn.Module, toke
 
 
 @torch.no_grad()
-def test_every_expert_is_used(model: torch.nn.Module, tokenizer: Tokenizer) -> None:
+def test_experts_are_used(model: torch.nn.Module, tokenizer: Tokenizer) -> None:
     ids = torch.tensor([tokenizer.encode(Path(train_tiny_gpt_oss.__file__).read_text()).ids[:1024]])
-    for logits in model(input_ids=ids, output_router_logits=True).router_logits:
-        shares = torch.bincount(logits.topk(2).indices.flatten(), minlength=8) / (2 * ids.numel())
-        assert float(shares.min()) > 0, shares
+    router_logits = model(input_ids=ids, output_router_logits=True).router_logits
+    counts = torch.stack([torch.bincount(logits.topk(2).indices.flatten(), minlength=8) for logits in router_logits])
+    assert int((counts > 0).sum()) >= 30, counts  # the card tells of two that training left idle
+    assert float(counts.max() / counts.sum(-1).min()) < 0.45, counts  # half would be a token's first choice always
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -104,6 +104,14 @@ def test_greedy_batch_equals_separate_runs(open_model: Open, toy: ToyModel) -> N
         assert generation.prompt_token_ids == prompt and generation.finish_reason == "length"
 
 
+def test_a_long_prefill_does_not_hold_up_decodes(open_model: Open, toy: ToyModel) -> None:
+    model = open_model(max_step_tokens=8)
+    long, short = tokens(90), tokens(1)
+    found = model.generate([long, short], max_new_tokens=6)
+    assert [g.token_ids for g in found] == [toy.greedy(long, 6), toy.greedy(short, 6)]
+    assert [sorted(counts) for counts, _ in toy.steps[:6]] == [[1, 7]] * 6
+
+
 def test_generation_ends_at_max_context(open_model: Open, toy: ToyModel) -> None:
     model = open_model(max_context=20)
     (short, full) = model.generate([tokens(15), tokens(20)], max_new_tokens=50)
@@ -189,20 +197,23 @@ def test_a_failing_step_leaves_nothing_behind(open_model: Open, toy: ToyModel) -
     assert model.generate(tokens(5), max_new_tokens=3)[0].token_ids == toy.greedy(tokens(5), 3)
 
 
-def test_an_interrupt_does_not_lose_the_tokens_of_others(open_model: Open, toy: ToyModel) -> None:
+@pytest.mark.parametrize("where", ["step", "run"])
+def test_an_interrupt_does_not_lose_the_tokens_of_others(
+    open_model: Open, toy: ToyModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Inside the step, or after it and before anybody got the logits."""
     model = open_model()
     stream = model.stream(tokens(9), max_new_tokens=12)
     got = [next(stream).token_id for _ in range(3)]
-    engine, healthy = model.scheduler.engine, model.scheduler.engine.step
+    engine, healthy = model.scheduler.engine, getattr(model.scheduler.engine, where)
 
-    def interrupted(inputs: list[Tensor]) -> Tensor:
-        healthy(inputs)
+    def interrupted(work: object) -> None:
+        healthy(work)
         raise KeyboardInterrupt
 
-    engine.step = interrupted
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, where, interrupted)
         model.generate(tokens(30))
-    engine.step = healthy
     assert got + [chunk.token_id for chunk in stream] == toy.greedy(tokens(9), 12)
 
 

@@ -65,6 +65,15 @@ def test_forks_share_blocks_and_then_part(open_model: Open, toy: ToyModel) -> No
         fork.close()
 
 
+def test_a_fork_near_max_context_has_room_for_its_copy(open_model: Open, toy: ToyModel) -> None:
+    model, ids = open_model(max_batch=1, max_context=40), tokens(38)
+    with model.session() as session:
+        session.prefill(ids)
+        with session.fork() as fork:
+            assert_close(fork.decode(1), toy.dense([*ids, 1])[-1], rtol=0, atol=2e-5)
+        assert_close(session.decode(2), toy.dense([*ids, 2])[-1], rtol=0, atol=2e-5)
+
+
 def test_random_histories(open_model: Open, toy: ToyModel) -> None:
     """Sessions that grow, go back, branch and end in any order, with generations in between."""
     model, choose = open_model(max_batch=6, max_context=60), random.Random(3)
