@@ -234,10 +234,10 @@ def require_space(folder: Path, needed: int) -> None:
 
 def disk_full(place: Path, needed: int | None) -> UserError:
     """Return the error for a full disk: it tells how many bytes are needed at least, if that is known, and how many are free."""
-    folder = next(p for p in (place, *place.absolute().parents) if p.is_dir())
+    disk = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_mount())
     demand = f"at least {needed:,} bytes are needed" if needed is not None else "temporary files did not fit"
     return UserError(
-        f"The disk of {folder} is too small: {demand} and {shutil.disk_usage(folder).free:,} are free. "
+        f"The disk at {disk} is too small: {demand} and {shutil.disk_usage(disk).free:,} are free. "
         "Free some space, or name a folder on another disk."
     )
 

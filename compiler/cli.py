@@ -15,7 +15,7 @@ from oxfuse.compiler.report import REPORT_MD
 
 FOLDER = click.Path(path_type=Path)
 BUNDLED = "tiny-gpt-oss"
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def read_file(path):"
 
 
 class _Bar:
@@ -96,7 +96,7 @@ def _megabytes(count: int) -> str:
 
 @click.command()
 @click.option("-o", "--output", type=FOLDER, default=Path("tiny-gpt-oss-cpu"), show_default=True, help="Where the artifact goes.")
-@click.option("-n", "--max-new-tokens", default=120, show_default=True, help="Most tokens to generate.")
+@click.option("-n", "--max-new-tokens", default=60, show_default=True, help="Most tokens to generate.")
 def quickstart(output: Path, max_new_tokens: int) -> None:
     """Compile the bundled checkpoint, verify the artifact and generate text with it."""
     from importlib.resources import as_file, files

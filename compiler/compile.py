@@ -25,15 +25,16 @@ from oxfuse.compiler.measure import measure
 from oxfuse.compiler.options import BLOCK_SIZE, CompileOptions
 from oxfuse.compiler.phases import Phases, Progress, silent
 from oxfuse.compiler.plan import Plan, make_plan
-from oxfuse.compiler.report import write_report
+from oxfuse.compiler.process_memory import MemoryWatch
+from oxfuse.compiler.report import Parity, write_report
 from oxfuse.compiler.source import open_source
 from oxfuse.compiler.weight_file import entry_of, write_weights
 from oxfuse.errors import UserError
 from oxfuse.models.tensor_source import MemoryTensor
 from oxfuse.models.virtual import virtual_model
-from oxfuse.passes.dump import dump_graph
+from oxfuse.passes.dump import dump_graph, op_counts
 from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops
-from oxfuse.runtime.manifest import MANIFEST, WeightFile
+from oxfuse.runtime.manifest import MANIFEST, Manifest, WeightFile
 
 PROGRAMS = "programs/cpu"
 WEIGHTS = "weights.safetensors"
@@ -73,12 +74,14 @@ def compile(
         plan = make_plan(checkpoint, options, fingerprint, tokenizer)
     writer = ArtifactWriter(Path(output), force=force, checkpoint=checkpoint.folder, expected_bytes=plan.expected_bytes())
     with writer as folder:
-        _build(plan, folder, phases, Path(dump_graphs) if dump_graphs is not None else None)
+        with MemoryWatch() as watch:
+            manifest, calls, parity = _build(plan, folder, phases, Path(dump_graphs) if dump_graphs is not None else None)
+        write_report(folder, report_of(manifest, folder, calls, phases.seconds, parity, watch))
     return writer.output
 
 
-def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> None:
-    """Fill the artifact's folder."""
+def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> tuple[Manifest, dict[str, int], Parity]:
+    """Fill the artifact's folder but for the report; return the manifest, how often the program calls each op, and its error."""
     programs = folder / PROGRAMS
     programs.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool:  # g++ works in a process of its own while this one exports
@@ -89,6 +92,7 @@ def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> None:
         with phases("build C++ ops"):
             ops = building.result()
             load_ops(ops)
+            calls = op_counts(program.graph)
             use_ops(program.graph_module, ops.names)
     with phases("compile program"):
         lowered = lower(program, programs / "step", plan.level)
@@ -110,7 +114,7 @@ def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> None:
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     with phases("measure artifact"):
         parity = measure(folder)
-    write_report(folder, report_of(manifest, folder, program, phases.seconds, parity))
+    return manifest, calls, parity
 
 
 def _fuse(plan: Plan, dump: Path | None) -> Fused:

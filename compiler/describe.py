@@ -6,13 +6,11 @@ import dataclasses
 import hashlib
 import platform
 import re
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch.export import ExportedProgram
 
 from oxfuse import __version__
 from oxfuse.compiler.artifact import folder_bytes
@@ -22,8 +20,8 @@ from oxfuse.compiler.golden import GOLDEN
 from oxfuse.compiler.lowering.aoti import Lowered
 from oxfuse.compiler.options import BLOCK_SIZE
 from oxfuse.compiler.plan import Plan
-from oxfuse.compiler.report import Parity, ProgramReport, Report
-from oxfuse.passes.dump import op_counts
+from oxfuse.compiler.process_memory import MemoryWatch
+from oxfuse.compiler.report import MemoryReport, Parity, ProgramReport, Report
 from oxfuse.passes.fusions.build import OpsBuild
 from oxfuse.runtime.manifest import (
     FORMAT_VERSION,
@@ -112,12 +110,13 @@ def _generation(plan: Plan) -> GenerationSpec:
 def report_of(
     manifest: Manifest,
     folder: Path,
-    program: ExportedProgram,
+    calls: dict[str, int],
     seconds: dict[str, float],
     parity: Parity,
+    watch: MemoryWatch,
     notes: tuple[str, ...] = (),
 ) -> Report:
-    """Return the report of a finished artifact; `seconds` is wall time by phase."""
+    """Return the report of a finished artifact; `calls` counts the program's ops, `seconds` is wall time by phase."""
     (spec,) = manifest.programs
     code = folder_bytes(folder / "programs")
     weights = sum(w.bytes for w in manifest.weights)
@@ -127,22 +126,16 @@ def report_of(
         source=manifest.source,
         model=dataclasses.replace(manifest.model, config={}),
         limits=manifest.limits,
-        programs=(ProgramReport(name=spec.name, target=spec.target, bytes=code, ops=op_counts(program.graph)),),
+        programs=(ProgramReport(name=spec.name, target=spec.target, bytes=code, ops=calls),),
         sizes={"programs": code, "weights": weights, "other": folder_bytes(folder) - code - weights},
         passes=manifest.passes,
         seconds=seconds,
-        memory=None,
+        memory=MemoryReport(anonymous_and_shared=watch.peak.unavoidable, file_backed=watch.peak_file) if watch.samples else None,
         parity=parity,
         numerics=manifest.numerics,
         requirements=manifest.requirements,
         notes=notes,
     )
-
-
-def peak_resident() -> int:
-    """Return the largest resident set that this process or a child has had, in bytes; mapped files are counted too."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
 
 
 def _glibc_needed(libraries: list[Path]) -> str:

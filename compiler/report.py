@@ -94,12 +94,10 @@ def _sections(report: Report) -> Iterable[str]:
     yield f"# {report.name}"
     by = ", ".join(f"{name} {version}" for name, version in report.created_by.items())
     yield f"A {model.model_type} model for {model.task}, compiled in {model.dtype} by {by}."
-    source = ", ".join(f"{name} `{value}`" for name, value in report.source.items())
     limits = report.limits
-    yield (
-        f"From {source}. Sequences of up to {limits.max_context:,} tokens, {limits.max_batch:,} at a time, "
-        f"{limits.max_step_tokens:,} tokens a step."
-    )
+    most, batch, step = limits.max_context, limits.max_batch, limits.max_step_tokens
+    yield f"Sequences of up to {most:,} tokens, {batch:,} at a time, {step:,} tokens a step."
+    yield _bullets(f"source {name}: {value}" for name, value in report.source.items())
     if report.notes:
         yield _bullets(report.notes)
 
@@ -114,8 +112,8 @@ def _sections(report: Report) -> Iterable[str]:
         )
 
     yield "## Programs"
-    ops = [(p, ", ".join(f"{count} {op}" for op, count in p.ops.items())) for p in report.programs]
-    yield _table(("program", "target", "size", "calls"), [(p.name, p.target, size_text(p.bytes), calls) for p, calls in ops])
+    yield _table(("program", "target", "size"), [(p.name, p.target, size_text(p.bytes)) for p in report.programs])
+    yield _bullets(f"{p.name} calls {', '.join(f'{count} {op}' for op, count in p.ops.items())}" for p in report.programs)
 
     yield "## Sizes"
     total = sum(report.sizes.values())

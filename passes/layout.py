@@ -59,6 +59,7 @@ def place(
         below[a].append(b)
         above[b].append(a)
     centre = _centres(rows, widths, above, below, len(sizes))
+    _gather(rows, widths, below, centre)
     ranges = _rank_heights(rows, sizes, extra)
     left_edge = min((centre[i] - widths[i] / 2 for i in range(len(widths))), default=0.0)
     centre = [c - left_edge for c in centre]
@@ -138,3 +139,38 @@ def _fit(row: list[int], wishes: list[float], weights: list[float], widths: list
     fitted = [mean for mean, _, members in pools for _ in range(members)]
     for item, mean, offset in zip(row, fitted, offsets, strict=True):
         centre[item] = mean + offset
+
+
+def _gather(rows: list[list[int]], widths: list[float], below: list[list[int]], centre: list[float]) -> None:
+    """Move parts that no edge connects together: the largest stays, each other comes as near as the ranks permit."""
+    part = list(range(len(widths)))
+
+    def root(item: int) -> int:
+        while part[item] != item:
+            item = part[item]
+        return item
+
+    for item, others in enumerate(below):
+        for other in others:
+            part[root(item)] = root(other)
+    members: dict[int, list[int]] = {}
+    for item in range(len(widths)):
+        members.setdefault(root(item), []).append(item)
+    level = {item: number for number, row in enumerate(rows) for item in row}
+    taken: dict[int, tuple[float, float]] = {}
+    for items in sorted(members.values(), key=len, reverse=True):
+        spans: dict[int, tuple[float, float]] = {}
+        for item in items:
+            _widen(spans, level[item], centre[item] - widths[item] / 2, centre[item] + widths[item] / 2)
+        to_the_left = [taken[r][0] - spans[r][1] - COLUMN_GAP for r in spans.keys() & taken.keys()]
+        to_the_right = [taken[r][1] - spans[r][0] + COLUMN_GAP for r in spans.keys() & taken.keys()]
+        shift = min(min(to_the_left), max(to_the_right), key=abs) if to_the_left else 0.0
+        for item in items:
+            centre[item] += shift
+        for number, (left, right) in spans.items():
+            _widen(taken, number, left + shift, right + shift)
+
+
+def _widen(spans: dict[int, tuple[float, float]], number: int, left: float, right: float) -> None:
+    old = spans.get(number, (left, right))
+    spans[number] = min(old[0], left), max(old[1], right)

@@ -21,9 +21,10 @@ from oxfuse.runtime.weights import damaged, damaged_weights, hash_weights, map_t
 FLOAT32_TOLERANCE = 1e-4
 """Largest error of a float32 artifact, relative to the largest logit or 1: the bound of the parity tests."""
 
-COARSE_TOLERANCE = 0.2
-"""Largest RMS error in 16 bits, relative to the logits' RMS. It finds broken programs and judges no rounding: flips of the router
-alone reach several percent."""
+COARSE_TOLERANCE = 0.7
+"""Largest RMS error in 16 bits, relative to the logits' RMS: unrelated logits have 1.4, zeros 1. It finds broken programs and
+judges no rounding, since a router that flips between two near experts changes a whole row: random layers at the 20b shape were
+seen at 0.03 to 0.32, where the same programs in float32 agreed to 2e-6."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,8 @@ def build_ops(kernels: Iterable[CpuKernel], isa: str, out: Path, compiler: str =
     kernels = sorted(kernels, key=lambda kernel: kernel.source.as_posix())
     level, features = resolve_isa(isa)
     flags = FLAGS + ((f"-march={level}",) if features else ()) + (("-mprefer-vector-width=512",) if level == "x86-64-v4" else ())
-    headers = sorted({path for kernel in kernels for folder in (HERE, kernel.source.parent) for path in folder.glob("*.h")})
+    folders = {HERE, *(folder for kernel in kernels for folder in kernel.source.absolute().parents[:2])}
+    headers = sorted(path for folder in folders for path in folder.glob("*.h"))
     content = hashlib.sha256()
     for part in (*flags, torch.__version__, *(path.read_text("utf-8") for path in (*headers, *(k.source for k in kernels)))):
         content.update(part.encode() + b"\0")
@@ -163,7 +164,7 @@ def _compile(kernels: list[CpuKernel], command: list[str], out: Path) -> None:
                 + ". It must be GCC 11 or newer, or a Clang that takes the same flags."
             )
         Path(partial).chmod(0o755)
-        os.replace(partial, out)
+        Path(partial).replace(out)
     finally:
         Path(partial).unlink(missing_ok=True)
 

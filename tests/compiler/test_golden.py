@@ -55,6 +55,8 @@ def test_same_bytes_every_time(tmp_path: Path) -> None:
     for name in "ab":
         golden_of(folder, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
     other = golden_of(folder, tmp_path / "c", seed=1)
     assert not other["token_ids"].equal(load_file(tmp_path / "a")["token_ids"])
 

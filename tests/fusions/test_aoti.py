@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from oxfuse.passes.fusions.build import OpsBuild
-from oxfuse.passes.fusions.rms_norm import reference as reference
 from torch import Tensor, nn
 from torch.export import Dim, export
+
+from oxfuse.passes.fusions.build import OpsBuild
+from oxfuse.passes.fusions.rms_norm import reference as reference
 
 HEADS, KV, DIM, BLOCK, HIDDEN, WIDTH, EXPERTS = 4, 2, 16, 4, 64, 32, 4
 OPTIONS = {
@@ -39,8 +40,14 @@ class Layer(nn.Module):
 
         self.norm, self.qkv, self.sink = weight(HIDDEN), weight((HEADS + 2 * KV) * DIM, HIDDEN), weight(HEADS)
         self.out, self.router, self.router_bias = weight(HIDDEN, HEADS * DIM), weight(EXPERTS, HIDDEN), weight(EXPERTS)
-        self.gate_up, self.gate_up_scales = bytes_(0, 256, EXPERTS, 2 * WIDTH, HIDDEN // 32, 16), bytes_(120, 125, EXPERTS, 2 * WIDTH, HIDDEN // 32)
-        self.down, self.down_scales = bytes_(0, 256, EXPERTS, HIDDEN, WIDTH // 32, 16), bytes_(120, 125, EXPERTS, HIDDEN, WIDTH // 32)
+        self.gate_up, self.gate_up_scales = (
+            bytes_(0, 256, EXPERTS, 2 * WIDTH, HIDDEN // 32, 16),
+            bytes_(120, 125, EXPERTS, 2 * WIDTH, HIDDEN // 32),
+        )
+        self.down, self.down_scales = (
+            bytes_(0, 256, EXPERTS, HIDDEN, WIDTH // 32, 16),
+            bytes_(120, 125, EXPERTS, HIDDEN, WIDTH // 32),
+        )
         self.gate_up_bias, self.down_bias = weight(EXPERTS, 2 * WIDTH), weight(EXPERTS, HIDDEN)
         self.inv_freq = weight(DIM // 2)
 
@@ -76,8 +83,16 @@ def inputs(sequences: list[tuple[int, int]]) -> tuple[Tensor, ...]:
 
 
 def compiled(layer: Layer, folder: Path) -> Any:
-    tokens, sequences, starts, columns, blocks = (Dim(name, min=1 + (name == "N1"), max=4096) for name in ("T", "N", "N1", "M", "B"))
-    shapes = ({0: tokens}, {0: tokens}, {0: blocks}, {0: blocks}, ({0: starts}, {0: sequences}, {0: tokens}, {0: sequences, 1: columns}))
+    tokens, sequences, starts, columns, blocks = (
+        Dim(name, min=1 + (name == "N1"), max=4096) for name in ("T", "N", "N1", "M", "B")
+    )
+    shapes = (
+        {0: tokens},
+        {0: tokens},
+        {0: blocks},
+        {0: blocks},
+        ({0: starts}, {0: sequences}, {0: tokens}, {0: sequences, 1: columns}),
+    )
     with torch.no_grad():
         program = export(layer, inputs([(3, 2), (0, 5), (6, 1)]), dynamic_shapes=shapes, strict=False)
         return torch._inductor.aoti_load_package(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from oxfuse.errors import InternalError, UserError
 from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops, resolve_isa
 from oxfuse.passes.fusions.contract import CpuKernel
@@ -32,6 +33,7 @@ def test_a_copy_of_a_loaded_library_is_left_alone(ops: OpsBuild, tmp_path: Path)
     load_ops(copy)
 
 
+@pytest.mark.parametrize("ops", ["native"], indirect=True)
 def test_two_builds_live_in_one_process(ops: OpsBuild, tmp_path: Path) -> None:
     (kernel,) = (k for k in cpu_kernels() if k.source.name == "rotary_embedding.cpp")
     other = build_ops([kernel], ops.isa, tmp_path / "other.so")
@@ -67,7 +69,7 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_isa_names() -> None:
-    with pytest.raises(UserError, match="avx512 is unknown|'avx512' is unknown"):
+    with pytest.raises(UserError, match="'avx512' is unknown"):
         resolve_isa("avx512")
     v3, v4 = set(resolve_isa("x86-64-v3")[1]), set(resolve_isa("x86-64-v4")[1])
     assert {"avx2", "fma", "ssse3"} <= v3 < v4 and "avx512f" in v4 - v3
@@ -81,9 +83,13 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
     register, lanes, rows = {"x86-64-v4": ("zmm", 16, 4), "x86-64-v3": ("ymm", 8, 2)}[ops.isa]
     assert ops.isa == "x86-64-v4" or "zmm" not in text
     found = {}
-    for m, weights, body in re.findall(r"^\w+ <void oxfuse::advance_steps<(\d), oxfuse::([^(]*)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S):
+    for m, weights, body in re.findall(
+        r"^\w+ <void oxfuse::advance_steps<(\d), oxfuse::([^(]*)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S
+    ):
         found[weights.strip(), int(m)] = len(re.findall(rf"vfmadd\w+ +.*%{register}", body))
-        assert weights.startswith("Mxfp4") or not re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body), "accumulators left the registers"
+        assert weights.startswith("Mxfp4") or not re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body), (
+            "accumulators left the registers"
+        )
     per_step = {"Dense<float>": 1, "Dense<oxfuse::bfloat16>": 1, "Mxfp4": 32 // lanes}
     assert found == {(kind, m): 6 * m * count for kind, count in per_step.items() for m in range(1, rows + 1)}
 
@@ -97,12 +103,26 @@ def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:
     keep = torch.arange(len(clean)) != 7
     assert torch.equal(dirty[keep], clean[keep])
 
+    args = case(MOE, "all tokens on one expert")  # odd sizes: a row ends within a vector, and the next expert's follows
+    clean = cpp(ops, "moe_dispatch")(*args)
+    for weights in args[3], args[6]:
+        weights[[0, 2]] = torch.nan
+    assert torch.equal(cpp(ops, "moe_dispatch")(*args), clean)
+
     q, *rest = case(ATTENTION, "longer than a tile")
     clean = cpp(ops, "sink_attention")(q, *rest)
     rest[1][2] = torch.nan  # the third new token of the first sequence, tokens 0..5
     dirty = cpp(ops, "sink_attention")(q, *rest)
     assert dirty[2:6].isnan().all()
     assert torch.equal(dirty[:2], clean[:2]) and torch.equal(dirty[6:], clean[6:])
+
+
+def test_bfloat16_rounds_ties_to_even(ops: OpsBuild) -> None:
+    x = torch.arange(0x3F80, 0x3F90, dtype=torch.int16).view(torch.bfloat16).view(1, 1, 16)
+    args = x, x, torch.zeros(1, dtype=torch.int64), torch.ones(8), 1 + 2.0**-8  # 1 becomes the middle between two neighbours
+    for got, expected in zip(cpp(ops, "rotary_embedding")(*args), torch.ops.oxfuse.rotary_embedding(*args), strict=True):
+        assert torch.equal(got, expected)
+    assert float(got[0, 0, 0]) == 1.0
 
 
 def test_a_token_does_not_depend_on_its_company(ops: OpsBuild) -> None:
@@ -136,14 +156,23 @@ def test_many_steps_of_one_large_batch(ops: OpsBuild) -> None:
     torch.manual_seed(0)
     hidden, width, tokens = 8, 16384, 600
     weights = torch.randn(2, 2 * width, hidden) * 0.1, torch.randn(2, hidden, width) * 0.01
-    args = torch.randn(2, hidden), torch.randn(2), weights[0], None, torch.zeros(2, 2 * width), weights[1], None, torch.zeros(2, hidden)
+    args = (
+        torch.randn(2, hidden),
+        torch.randn(2),
+        weights[0],
+        None,
+        torch.zeros(2, 2 * width),
+        weights[1],
+        None,
+        torch.zeros(2, hidden),
+    )
     x = torch.randn(8, hidden).repeat(tokens * 2 // 8, 1)
     got = cpp(ops, "moe_dispatch")(x, *args, 2, 1.702, 7.0)
     assert torch.equal(got, cpp(ops, "moe_dispatch")(x[:8], *args, 2, 1.702, 7.0).repeat(tokens * 2 // 8, 1))
 
 
 def test_attention_refuses(ops: OpsBuild) -> None:
-    names = "q k v sink k_cache v_cache query_start kv_lens slots block_table window scale".split()
+    names = ["q", "k", "v", "sink", "k_cache", "v_cache", "query_start", "kv_lens", "slots", "block_table", "window", "scale"]
 
     def refused(match: str, **changes: object) -> None:
         args = dict(zip(names, case(ATTENTION, "decode"), strict=True)) | changes

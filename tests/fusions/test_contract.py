@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from oxfuse.passes import fusions
 from oxfuse.passes.fusions.build import OpsBuild
 from oxfuse.passes.fusions.contract import OpCase
@@ -76,7 +77,7 @@ def test_every_folder_has_cases() -> None:
         assert {case.op for case in cases.CASES} == set(cases.NAIVE)
         assert len({(case.op, case.name) for case in cases.CASES}) == len(cases.CASES)
         kernel = load(folder, "cpu").KERNEL
-        assert kernel is None or set(kernel.ops) <= set(cases.NAIVE) and kernel.source.is_file()
+        assert kernel is None or (set(kernel.ops) <= set(cases.NAIVE) and kernel.source.is_file())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,6 +88,11 @@ def test_plain_op_means_the_naive_loop(case: OpCase) -> None:
         assert torch.isfinite(b).all()
         torch.testing.assert_close(a, b, rtol=0, atol=NAIVE_TOLERANCE.get(case.op, 1e-12) * max(1.0, float(b.abs().max())))
     assert_same_bits(plain, args)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_op_registers_what_the_compiler_relies_on(case: OpCase) -> None:
+    torch.library.opcheck(op(case.op), case.args(torch.float32), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -125,7 +125,7 @@ def assert_greedy(model: CompiledModel, reference: nn.Module, case: Case, folder
 
 
 def near_ties(folder: Path, ids: Tensor, rows: range) -> set[int]:
-    """Return which of `rows`, counted from its start, have two best tokens or two experts at the edge of the choice close together."""
+    """Return which of `rows`, counted from its start, have two tokens or two experts close together at the edge of the choice."""
     exact = load_reference(folder, torch.float64)(input_ids=ids, output_router_logits=True, use_cache=False)
     gap = exact.logits[0, rows.start : rows.stop].topk(2).values.diff().abs().flatten()
     close = gap < SMALL_GAP

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def moe_dispatch(
     x: Tensor,
     router_weight: Tensor,

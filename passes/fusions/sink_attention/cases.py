@@ -90,8 +90,8 @@ def _naive_dense(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, window: i
         for i in range(q.shape[1]):
             keys = [j for j in range(i + 1) if not window or j > i - window]
             for h in range(q.shape[2]):
-                column = [[x[b, j, h // group].tolist() for j in keys] for x in (k, v)]
-                out[b, i, h] = _attend(q[b, i, h].tolist(), *column, None if sink is None else float(sink[h]), scale)
+                column, values = ([x[b, j, h // group].tolist() for j in keys] for x in (k, v))
+                out[b, i, h] = _attend(q[b, i, h].tolist(), column, values, None if sink is None else float(sink[h]), scale)
     return out
 
 
@@ -120,12 +120,10 @@ def _naive_paged(
         for t in range(start, end):
             i = length - (end - t)
             keys = [j for j in range(i + 1) if not window or j > i - window]
+            places = [(int(block_table[n, j // block_size]), j % block_size) for j in keys]
             for h in range(q.shape[1]):
-                column = [
-                    [cache[block_table[n, j // block_size], j % block_size, h // group].tolist() for j in keys]
-                    for cache in (k_cache, v_cache)
-                ]
-                out[t, h] = _attend(q[t, h].tolist(), *column, None if sink is None else float(sink[h]), scale)
+                column, values = ([cache[(*place, h // group)].tolist() for place in places] for cache in (k_cache, v_cache))
+                out[t, h] = _attend(q[t, h].tolist(), column, values, None if sink is None else float(sink[h]), scale)
     return out
 
 
