@@ -13,7 +13,7 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / rms(x) * weight.
 
-    x [..., H], weight [H], any floating dtype; computed in promote(x.dtype, float32), result [..., H] in x's dtype.
+    x [..., H], weight [H], any floating dtype; computed in promote(x.dtype, float32), result [..., H] in x's dtype, contiguous.
     Raises NotImplementedError off the CPU.
     """
     if x.device.type != "cpu":
@@ -24,18 +24,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(total), total), where total = x + residual, rounded to x's dtype before it is normalised.
 
-    x and residual [..., H] of one dtype, weight [H]. Raises NotImplementedError off the CPU.
+    x and residual [..., H] of one dtype, weight [H]; the results are contiguous. Raises NotImplementedError off the CPU.
     """
     if x.device.type != "cpu":
         raise NotImplementedError(f"oxfuse::add_rms_norm has no kernel for device {x.device}; it runs on cpu.")
-    total = x + residual
+    total = (x + residual).contiguous()
     return _normalise(total, weight, eps), total
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (scaled * weight.to(wide.dtype)).to(x.dtype)
+    return (scaled * weight.to(wide.dtype)).to(x.dtype).contiguous()
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:

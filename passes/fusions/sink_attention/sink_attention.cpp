@@ -145,7 +145,10 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
   const int64_t *start = data<int64_t>(starts_in), *lens = data<int64_t>(lens_in), *slot = data<int64_t>(slots_in),
                 *table = data<int64_t>(table_in);
   std::vector<float> sinks(sink ? heads : 0);
-  for (size_t h = 0; h < sinks.size(); ++h) sinks[h] = Values("sink", *sink)[h];
+  if (sink) {
+    const Values values("sink", *sink);
+    for (int64_t h = 0; h < heads; ++h) sinks[h] = values[h];
+  }
   const Tensor out = torch::stable::new_empty(q, q.sizes());
 
   // Everything that an index could point outside of is checked here, once, before memory is touched.
