@@ -70,7 +70,7 @@ def compile(source: str, output: Path, as_json: bool, **options: Any) -> None:
 
 
 def _compile(source: str | Path, output: Path, options: dict[str, Any]) -> tuple[Path, float]:
-    from oxfuse.compiler.compile import compile as compile_checkpoint
+    from oxfuse.compiler.pipeline import compile as compile_checkpoint
 
     bar, began = _Bar(), time.perf_counter()
     try:
