@@ -79,6 +79,12 @@ def rewrite_error(
 
 def _run(graph: fx.Graph, outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...], samples: _Samples) -> list[Tensor]:
     env: dict[fx.Node, Any] = {node: samples.activation(node) for node in inputs}
+
+    def value_of(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return env[argument]
+        return torch.float32 if isinstance(argument, torch.dtype) and argument in _HALF else argument
+
     for node in in_order(graph, ancestors(outputs, inputs)):
         if node.op == "placeholder":
             env[node] = samples.activation(node)
@@ -86,16 +92,7 @@ def _run(graph: fx.Graph, outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, .
             env[node] = samples.weight(node)
         else:
             require(callable(node.target), f"the region holds a {node.op} node", node)
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, dict(node.kwargs)),
-                lambda a: (
-                    env[a]
-                    if isinstance(a, fx.Node)
-                    else (torch.float32 if a in _HALF else a)
-                    if isinstance(a, torch.dtype)
-                    else a
-                ),
-            )
+            args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), value_of)
             assert callable(node.target)
             env[node] = node.target(*args, **kwargs)
     return [env[node] for node in outputs]
