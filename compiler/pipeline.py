@@ -93,7 +93,7 @@ def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> tuple
             ops = building.result()
             load_ops(ops)
             calls = op_counts(program.graph)
-            use_ops(program.graph_module, ops.names)
+            use_ops(program.graph_module, ops)
     with phases("compile program"):
         lowered = lower(program, programs / "step", plan.level)
     constants = {name: fused.stored_name(name) for name in lowered.constants}

@@ -1,6 +1,6 @@
 """What a fusion is, and where fusions are found.
 
-A fusion lives in `passes/fusions/<op>/pattern.py` as `FUSION`. It names its anchors in the graph, matches the region around an
+A fusion lives in `passes/fusions/<op>/pattern.py` as `FUSION`, which is None where the folder brings but a kernel. It names its anchors in the graph, matches the region around an
 anchor or refuses with a reason, and emits the fused form. The pass manager does the rest: checks, counts, replacement.
 """
 
@@ -79,7 +79,8 @@ def all_fusions() -> list[Fusion]:
     found: dict[str, Fusion] = {}
     for info in pkgutil.iter_modules(fusions.__path__):
         if info.ispkg:
-            fusion = importlib.import_module(f"{fusions.__name__}.{info.name}.pattern").FUSION
-            found[fusion.name] = fusion
+            fusion: Fusion | None = importlib.import_module(f"{fusions.__name__}.{info.name}.pattern").FUSION
+            if fusion is not None:
+                found[fusion.name] = fusion
     order = graphlib.TopologicalSorter({name: fusion.after for name, fusion in sorted(found.items())}).static_order()
     return [found[name] for name in order]

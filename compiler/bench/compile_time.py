@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import torch
 
+from oxfuse.compiler.bench.random_checkpoint import SHAPE_20B
 from oxfuse.compiler.export import StepLimits, export_step
 from oxfuse.compiler.fuse import fuse
 from oxfuse.compiler.lowering.aoti import lower, use_ops
@@ -22,23 +23,14 @@ from oxfuse.compiler.options import BLOCK_SIZE, MAX_STEP_TOKENS
 from oxfuse.compiler.phases import Phases
 from oxfuse.models.contract import lookup
 from oxfuse.models.virtual import virtual_model
-from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops, resolve_isa
+from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops
+from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.passes.weights import Encoding
-
-SHAPE_20B = {
-    "num_local_experts": 32,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 201088,
-}
 
 
 def measure_compile(layers: int) -> dict[str, object]:
     """Compile the step program of `layers` layers at the 20b shape, bfloat16 with MXFP4 experts; return the figures."""
-    contract = lookup("gpt_oss")
+    contract = lookup(SHAPE_20B["model_type"])
     config = contract.parse_config({**SHAPE_20B, "num_hidden_layers": layers})
     level, _ = resolve_isa("native")
     phases, load = Phases(), os.getloadavg()[0]
@@ -56,7 +48,7 @@ def measure_compile(layers: int) -> dict[str, object]:
         with phases("build C++ ops"):
             ops = build_ops(cpu_kernels(), level, Path(scratch) / "ops.so")
             load_ops(ops)
-            use_ops(program.graph_module, ops.names)
+            use_ops(program.graph_module, ops)
         with phases("compile program"):
             lowered = lower(program, Path(scratch) / "step", level)
         size = sum(path.stat().st_size for path in lowered.folder.iterdir()) + ops.path.stat().st_size

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -25,38 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from oxfuse.compiler.bench.random_checkpoint import layers_of, write_checkpoint
 from oxfuse.compiler.process_memory import MemoryUse, MemoryWatch, memory_of
-from oxfuse.compiler.report import size_text
-from oxfuse.compiler.weight_file import PIECE, WeightEntry, write_weights
-from oxfuse.models.contract import Experts, lookup
-from oxfuse.models.virtual import meta_model
-from oxfuse.passes.weights import Weight
+from oxfuse.runtime.units import size_text
 
-SHAPE_20B = {
-    "model_type": "gpt_oss",
-    "architectures": ["GptOssForCausalLM"],
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "head_dim": 64,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-    "vocab_size": 201088,
-    "sliding_window": 128,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "quantization_config": {"quant_method": "mxfp4"},
-}
 COMPILE_LIMIT = 1_500_000_000  # bytes of anonymous and shared memory over a bare `import torch`
 LOAD_LIMIT = 0.05  # of the weights' bytes
-SCALES = {"gate_up_proj": (118, 123), "down_proj": (114, 119)}
-"""e8m0 bytes. What layers add is a tenth of the embedding: where random layers outweigh it, one token routed otherwise in
-bfloat16 changes all that follows, and comparing logits would mean nothing."""
-
 BARE = "import torch, sys; print('{}', flush=True); sys.stdin.read()"
 LOAD = """
 import json, os, sys, time
@@ -125,74 +99,6 @@ class MemoryResult:
             f"mapped files by {size(used.file)}.",
         ]
         return "# Memory\n\n" + lines[0] + "\n\n" + "\n".join(lines[1:]) + "\n"
-
-
-def write_checkpoint(folder: Path, body_bytes: int, seed: int = 0, **config: Any) -> tuple[int, int]:
-    """Stream a random checkpoint to `folder`; return its layers and the bytes of its body.
-
-    The body is all layers, without embedding and head; it has as many layers as `body_bytes` needs, at least two. `config`
-    overrides the 20b shape. Never more than a piece of a tensor is in memory.
-    """
-    full = {**SHAPE_20B, **config}
-    contract = lookup(full["model_type"])
-
-    def entries(layers: int) -> dict[str, WeightEntry]:
-        settings = contract.parse_config({**full, "num_hidden_layers": layers})
-        model = meta_model(contract, settings, contract.default_task, torch.bfloat16)
-        quantised = {
-            f"{path}.{leaf}"
-            for path, m in model.named_modules()
-            if isinstance(m, Experts)
-            for leaf in ("gate_up_proj", "down_proj")
-        }
-        generator = torch.Generator().manual_seed(seed)
-        made = {}
-        for name, parameter in model.named_parameters():
-            if name in quantised:
-                weight = Weight(shape=tuple(parameter.shape), dtype=torch.bfloat16, source=name, encoding="mxfp4")
-                for part, stored in weight.parts().items():
-                    limits = (0, 256) if part == "blocks" else SCALES[name.rpartition(".")[2]]
-                    made[f"{name}_{part}"] = _random(stored.shape, torch.uint8, generator, limits=limits)
-            else:
-                scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.02
-                scale *= 0.1 if "o_proj" in name or "experts" in name else 1.0
-                made[name] = _random(tuple(parameter.shape), torch.bfloat16, generator, scale=scale, mean=float("norm" in name))
-        return made
-
-    layer = _body(entries(2)) - _body(entries(1))
-    layers = max(2, math.ceil(body_bytes / layer))
-    tensors = entries(layers)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**full, "num_hidden_layers": layers}, indent=1))
-    write_weights(folder / "model.safetensors", tensors)
-    return layers, _body(tensors)
-
-
-def _body(tensors: dict[str, WeightEntry]) -> int:
-    return sum(entry.nbytes for name, entry in tensors.items() if ".layers." in name)
-
-
-def _random(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    *,
-    scale: float = 1.0,
-    mean: float = 0.0,
-    limits: tuple[int, int] = (0, 0),
-) -> WeightEntry:
-    """Return an entry that makes its rows up when it is written: bytes within `limits`, or normal numbers."""
-
-    def chunks() -> Iterator[Tensor]:
-        height = max(1, PIECE // (4 * math.prod(shape[1:])))
-        for first in range(0, shape[0], height):
-            rows = (min(height, shape[0] - first), *shape[1:])
-            if dtype == torch.uint8:
-                yield torch.empty(rows, dtype=dtype).random_(*limits, generator=generator)
-            else:
-                yield torch.randn(rows, generator=generator) * scale + mean
-
-    return WeightEntry(shape=shape, dtype=dtype, source="random", layout=(), chunks=chunks)
 
 
 @contextlib.contextmanager
@@ -264,7 +170,8 @@ def _growth(before: MemoryUse, after: MemoryUse) -> MemoryUse:
 def measure(work: Path, body_bytes: int, *options: str, **config: Any) -> MemoryResult:
     """Make a checkpoint in the folder `work`, compile it, load it; return the figures. `options` go to `oxfuse compile`."""
     checkpoint, artifact = work / "checkpoint", work / "artifact"
-    layers, body = write_checkpoint(checkpoint, body_bytes, **config)
+    layers = layers_of(body_bytes, **config)
+    body = write_checkpoint(checkpoint, layers, **config)
     bare = measure_bare_torch()
     watch, seconds = measure_compile(checkpoint, artifact, *options)
     loading, load_growth, logits_growth = measure_load(artifact)

@@ -7,7 +7,6 @@ library and the files beside it that torch's runner reads. Uses `torch._inductor
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from oxfuse.errors import InternalError
+from oxfuse.passes.fusions.build import OpsBuild
 
 LIBRARY = "program.so"
 VECTOR_BITS = {"x86-64-v2": 1, "x86-64-v3": 256, "x86-64-v4": 512}
@@ -50,16 +50,14 @@ def options(level: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-def use_ops(module: fx.GraphModule, names: Mapping[str, str]) -> int:
-    """Let a graph call other implementations of its ops; return how many calls changed.
-
-    `names` maps qualified names, `oxfuse::sink_attention` to `oxfuse::sink_attention_<tag>`, of the same schema.
-    """
-    targets = {f"{old}": _op(new) for old, new in names.items()}
+def use_ops(module: fx.GraphModule, ops: OpsBuild) -> int:
+    """Let a graph call the C++ ops that implement its ops in the dtypes at hand; return how many calls changed."""
+    targets = {_op(old): (_op(new), ops.dtypes[old]) for old, new in ops.names.items()}
     changed = 0
     for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in targets:
-            node.target = targets[node.target.name().split(".")[0]]
+        op, dtypes = targets.get(node.target, (None, ()))
+        if op is not None and node.args[0].meta["val"].dtype in dtypes:
+            node.target = op
             changed += 1
     module.recompile()
     return changed

@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import os
 import pkgutil
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -26,14 +25,9 @@ import torch
 
 from oxfuse.errors import InternalError, UserError
 from oxfuse.passes.fusions.contract import CpuKernel
+from oxfuse.passes.fusions.isa import resolve_isa
 
 HERE = Path(__file__).parent
-# The x86-64 psABI's levels, as /proc/cpuinfo spells their features (abm holds lzcnt, pni is sse3); each includes those before it.
-LEVELS = {
-    "x86-64-v2": ("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"),
-    "x86-64-v3": ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"),
-    "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
-}
 FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
     # -O3 gives the same inner loops, which are unrolled by hand, and takes a quarter longer.
@@ -46,11 +40,13 @@ FLAGS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpsBuild:
-    """A built library. `names` maps a Python op to the C++ op that replaces it; `features` is what the CPU must have."""
+    """A built library. `names` maps an op to the C++ op that replaces it where its first argument has one of `dtypes`;
+    `features` is what the CPU must have."""
 
     path: Path
     tag: str
     names: Mapping[str, str]
+    dtypes: Mapping[str, tuple[torch.dtype, ...]]
     isa: str
     flags: tuple[str, ...]
     features: tuple[str, ...]
@@ -84,7 +80,8 @@ def build_ops(kernels: Iterable[CpuKernel], isa: str, out: Path, compiler: str =
     tag = content.hexdigest()[:16]
     _compile(kernels, [compiler, *flags, f'-DOXFUSE_TAG="{tag}"'], out)
     names = {op: f"oxfuse::{function}_{tag}" for kernel in kernels for op, function in kernel.ops.items()}
-    return OpsBuild(path=out, tag=tag, names=names, isa=level, flags=flags, features=features)
+    dtypes = {op: kernel.dtypes for kernel in kernels for op in kernel.ops}
+    return OpsBuild(path=out, tag=tag, names=names, dtypes=dtypes, isa=level, flags=flags, features=features)
 
 
 def load_ops(build: OpsBuild) -> None:
@@ -100,39 +97,6 @@ def load_ops(build: OpsBuild) -> None:
         if op is None or known is None:
             raise InternalError(f"Op {name if op is None else reference} is not registered after {build.path} was loaded.")
         torch.library.register_fake(name, functools.partial(_fake, known), allow_override=True)
-
-
-def resolve_isa(isa: str) -> tuple[str, tuple[str, ...]]:
-    """Return the level that `isa` means here and the CPU features it needs, sorted; no features where the CPU is not x86-64.
-
-    Raises UserError if `isa` is unknown, or native and this machine has not even x86-64-v2.
-    """
-    levels = list(LEVELS)
-    if isa not in ("native", *levels):
-        raise UserError(f"CPU instruction set {isa!r} is unknown. Choose native, {', '.join(levels)}.")
-    if platform.machine() != "x86_64":
-        if isa != "native":
-            raise UserError(f"CPU instruction set {isa} cannot be built on a {platform.machine()} machine. Choose native.")
-        return platform.machine(), ()
-    if isa == "native":
-        have = _cpu_features()
-        fitting = [
-            name for i, name in enumerate(levels) if have.issuperset(f for below in levels[: i + 1] for f in LEVELS[below])
-        ]
-        if not fitting:
-            missing = sorted(set(LEVELS[levels[0]]) - have)
-            raise UserError(
-                f"This CPU lacks {', '.join(missing)} of x86-64-v2, the least that oxfuse runs on. Use another machine."
-            )
-        isa = fitting[-1]
-    return isa, tuple(sorted(f for name in levels[: levels.index(isa) + 1] for f in LEVELS[name]))
-
-
-def _cpu_features() -> frozenset[str]:
-    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
 
 
 def _compile(kernels: list[CpuKernel], command: list[str], out: Path) -> None:
@@ -170,7 +134,8 @@ def _compile(kernels: list[CpuKernel], command: list[str], out: Path) -> None:
 
 
 def _find(name: str) -> Callable[..., Any] | None:
-    return getattr(torch.ops.oxfuse, name.removeprefix("oxfuse::"), None)
+    namespace, _, op = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), op, None)
 
 
 def _fake(reference: Callable[..., Any], *args: Any) -> Any:

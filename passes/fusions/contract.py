@@ -20,17 +20,19 @@ class CpuKernel:
     """One C++ source and the ops it registers.
 
     `source` is a file that `build.py` includes in the one translation unit of the library. `ops` maps the qualified name of
-    each Python op it replaces to the C++ function that `OXFUSE_OP` registers under that name and the library's tag.
+    each op it replaces, ours or torch's own, to the C++ function that `OXFUSE_OP` registers under that name and the library's
+    tag. `dtypes` are those of the first argument that the function takes; calls on others are left as they are.
     """
 
     source: Path
     ops: Mapping[str, str]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def __post_init__(self) -> None:
-        wrong = [name for name in self.ops if not re.fullmatch(r"oxfuse::[a-z_][a-z0-9_]*", name)]
+        wrong = [name for name in self.ops if not re.fullmatch(r"(oxfuse|aten)::[a-z_][a-z0-9_]*", name)]
         if wrong or not self.ops:
             raise ValueError(
-                f"{self.source.name} declares ops {sorted(self.ops)}; each must be named oxfuse::<op>, one at least."
+                f"{self.source.name} declares ops {sorted(self.ops)}; each must be named oxfuse::<op> or aten::<op>, one at least."
             )
 
 

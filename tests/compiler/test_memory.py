@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oxfuse.compiler.bench.memory import MemoryResult, write_checkpoint
+from oxfuse.compiler.bench.memory import MemoryResult
+from oxfuse.compiler.bench.random_checkpoint import layers_of, write_checkpoint
 from oxfuse.compiler.process_memory import MemoryUse, MemoryWatch, memory_of, process_tree
 from oxfuse.models.load import load_reference
 
@@ -96,7 +97,8 @@ def test_watch_keeps_the_peak() -> None:
 
 @torch.no_grad()
 def test_checkpoint_is_one_that_the_reference_reads(tmp_path: Path) -> None:
-    layers, body = write_checkpoint(tmp_path / "checkpoint", 200_000, **SMALL)
+    layers = layers_of(200_000, **SMALL)
+    body = write_checkpoint(tmp_path / "checkpoint", layers, **SMALL)
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
     assert layers > 2
     assert 200_000 <= body < size

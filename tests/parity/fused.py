@@ -69,7 +69,7 @@ def fused_model(
         fused.step.recompile()
     bind(fused.step, values)
     if ops is not None:
-        use_ops(fused.step, ops.names)
+        use_ops(fused.step, ops)
 
     def step(inputs: list[Tensor]) -> Tensor:
         with torch.no_grad():

@@ -3,31 +3,11 @@
 // Tokens are grouped by expert. Threads share the rows of the weights, not the experts, so skewed routing costs nothing. Where a
 // register tile of rows serves more tokens than fit the registers, it is decoded to float32 once for up to BATCH of them.
 // Activations are float32 from the input to the one rounding at the end.
-#include "../ops.h"
+#include "../product.h"
 
 namespace oxfuse {
 
-constexpr int BATCH = 128;          // tokens that share one decoded tile; their accumulators take 48 KB
-constexpr int64_t CHUNK = 512;      // values of a row that are decoded at a time: NR rows of them stay in the first-level cache
 constexpr int64_t STEP_BYTES = 128 << 20;  // bound of the hidden values and outputs of the routed rows held at once
-constexpr int64_t GRAIN = 65536;    // multiplications below which a thread is not worth waking
-
-static int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-// The weights of all experts, [E, rows, length]; `tile(e, row)` gives NR rows, repeating the last one past the end.
-template <class T>
-struct DenseExperts {
-  using Tile = Dense<T>;
-  static int64_t place(int64_t k) { return k; }
-  const T* values;
-  int64_t rows, length;
-  Tile tile(int64_t expert, int64_t row) const {
-    Tile out;
-    for (int r = 0; r < NR; ++r) out.row[r] = values + (expert * rows + std::min(row + r, rows - 1)) * length;
-    return out;
-  }
-};
-
 struct Mxfp4Experts {
   using Tile = Mxfp4;
   static int64_t place(int64_t k) { return interleaved(k); }
@@ -45,50 +25,6 @@ struct Mxfp4Experts {
     return out;
   }
 };
-
-// Buffers of one thread.
-struct Scratch {
-  std::unique_ptr<Floats[]> acc{new Floats[BATCH * NR]};
-  std::unique_ptr<float[]> decoded{new float[NR * CHUNK]};
-  float tile[BATCH * NR];  // [m][r]: what `product` leaves
-};
-
-// scratch.tile[m][r] = x[m] . row r, for m <= BATCH rows of x that are padded with zeros to whole vectors.
-template <class W>
-static void product(const W& w, const float* const* x, int m, int64_t length, Scratch& scratch) {
-  if (m <= MR) {
-    Floats acc[MR * NR];
-    dot_rows(w, x, m, length, acc);
-    for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(acc[i]);
-    return;
-  }
-  std::fill_n(scratch.acc.get(), m * NR, Floats{});
-  Dense<float> decoded;
-  for (int r = 0; r < NR; ++r) decoded.row[r] = scratch.decoded.get() + r * CHUNK;
-  for (int64_t begin = 0; begin < length; begin += CHUNK) {
-    const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, LANES);
-    for (int r = 0; r < NR; ++r) {
-      float* out = scratch.decoded.get() + r * CHUNK;
-      constexpr int WIDTH = W::STEP * LANES;
-      Floats vectors[W::STEP];
-      int64_t k = 0;
-      for (; k + WIDTH <= count; k += WIDTH) {
-        w.vectors(r, begin + k, vectors);
-        std::memcpy(out + k, vectors, sizeof(vectors));
-      }
-      if constexpr (W::STEP == 1) {
-        if (k < count) store(out + k, load(w.row[r] + begin + k, count - k));
-      }
-    }
-    for (int i = 0; i < m; i += MR) {
-      const float* rows[MR];
-      const int some = std::min(MR, m - i);
-      for (int j = 0; j < some; ++j) rows[j] = x[i + j] + begin;
-      advance_rows(decoded, rows, some, 0, padded, scratch.acc.get() + i * NR);
-    }
-  }
-  for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(scratch.acc[i]);
-}
 
 // hidden[i] = SwiGLU of the clamped pair (tile[2 * i], tile[2 * i + 1]).
 static void activate(const float* tile, int64_t pairs, float alpha, float limit, float* hidden) {
@@ -136,7 +72,7 @@ static Routing route(const float* const* x, int64_t tokens, const T* router, con
   out.token.resize(tokens * k);
   out.begin.assign(experts + 1, 0);
   std::vector<int64_t> chosen(tokens * k);
-  const DenseExperts<T> rows{router, experts, hidden};
+  const DenseRows<T> rows{router, experts, hidden};
   parallel_for(0, tokens, 1 + GRAIN / (experts * hidden), [&](int64_t first, int64_t last) {
     Scratch scratch;
     std::vector<float> logits(BATCH * experts);
@@ -273,7 +209,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
         run(Mxfp4Experts{data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), 2 * width, hidden, powers.of},
             Mxfp4Experts{data<uint8_t>(down), data<uint8_t>(*down_scales), hidden, width, powers.of});
       } else {
-        run(DenseExperts<T>{data<T>(gate_up), 2 * width, hidden}, DenseExperts<T>{data<T>(down), hidden, width});
+        run(DenseRows<T>{data<T>(gate_up), 2 * width, hidden}, DenseRows<T>{data<T>(down), hidden, width});
       }
     }
   });

@@ -1,0 +1,93 @@
+"""The least that a token can cost: bytes that must be read and multiplications that must be made, from an artifact's manifest.
+
+In: the manifest. Out: bytes of one decoded token and operations of a prefill, for the artifact's weights and for the same model
+with all weights in bfloat16, as a peer holds them. Norms and biases are left out: they are less than a thousandth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from oxfuse.models.contract import Experts, lookup
+from oxfuse.models.virtual import meta_model
+from oxfuse.runtime.manifest import CacheSpec, Manifest
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Counts for one model. `share` is the part of the experts that a token is sent to; `head` is the last layer's."""
+
+    dense: int
+    head: int
+    experts: int
+    share: float
+    dense_bytes: int
+    experts_bytes: int
+    query_heads: int
+    cache: CacheSpec
+
+    def decode_bytes(self, context: int, *, bfloat16: bool = False) -> float:
+        """Return the bytes read for one token after `context` others; with `bfloat16`, if all weights were held so."""
+        numbers = self.dense + self.head
+        dense = 2 * numbers if bfloat16 else self.dense_bytes
+        experts = 2 * self.experts if bfloat16 else self.experts_bytes
+        return dense + self.share * experts + self._cache_bytes(context)
+
+    def prefill_operations(self, tokens: int) -> float:
+        """Return the floating-point operations for `tokens` tokens of one sequence and the logits of the last."""
+        per_token = 2 * (self.dense + self.share * self.experts)
+        attention = 0.0
+        for group in self.cache.groups:
+            seen = min(group.window, tokens) if group.window else tokens
+            pairs = seen * (seen + 1) / 2 + (tokens - seen) * seen  # causal, no more than the window
+            attention += sum(4 * self.query_heads * self.cache.head_dim[layer] * pairs for layer in group.layers)
+        return tokens * per_token + 2 * self.head + attention
+
+    def _cache_bytes(self, context: int) -> int:
+        total = 0
+        for group in self.cache.groups:
+            seen = min(group.window, context) if group.window else context
+            per_token = sum(2 * self.cache.kv_heads[layer] * self.cache.head_dim[layer] for layer in group.layers)
+            total += seen * per_token * BYTES[self.cache.dtype]
+        return total
+
+
+def cost_of(manifest: Manifest) -> Cost:
+    """Return the counts for the artifact's model, from the shapes of its reference and the sizes in its weight files."""
+    contract = lookup(manifest.model.model_type)
+    config = contract.parse_config(manifest.model.config)
+    model = meta_model(contract, config, manifest.model.task, torch.bfloat16)
+    banks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    matrices = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
+    expert_names = {name for name in matrices if name.rpartition(".")[0] in banks}
+    last = next((name for name in reversed(matrices) if name not in expert_names), "")
+    dense_names = set(matrices) - expert_names - (embeddings - {last})
+    settings = manifest.model.config
+    sizes = {
+        name: math.prod(tensor.shape) * BYTES[tensor.dtype] for file in manifest.weights for name, tensor in file.tensors.items()
+    }
+
+    def stored(name: str) -> int:  # whole, or in parts such as NAME_blocks; a tied head under the embedding's name
+        parts = [other for other in sizes if other.startswith(f"{name}_") and other not in matrices]
+        own = [sizes[part] for part in ([name] if name in sizes else parts)]
+        return sum(own) if own else matrices[name].numel() * BYTES[manifest.model.dtype]
+
+    experts = sum(matrices[name].numel() for name in expert_names)
+    count = next((len(matrices[name]) for name in expert_names), 1)
+    return Cost(
+        dense=sum(matrices[name].numel() for name in dense_names - {last}),
+        head=matrices[last].numel(),
+        experts=experts,
+        share=settings.get("num_experts_per_tok", 1) / count if experts else 0.0,
+        dense_bytes=sum(map(stored, dense_names)),
+        experts_bytes=sum(map(stored, expert_names)),
+        query_heads=settings["num_attention_heads"],
+        cache=manifest.cache,
+    )

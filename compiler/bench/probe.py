@@ -1,0 +1,111 @@
+"""What the machine can do at best, and who else uses it: the floor and the disturbance beside every figure.
+
+In: threads, dtype. Out: bytes and floating-point operations a second, measured here and now, and cores that other processes keep
+busy. Shared machines change from minute to minute, so a probe belongs to the run that it stands beside.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+STAT = Path("/proc/stat")
+TICK = os.sysconf("SC_CLK_TCK")
+PROBE_BYTES = 512 << 20  # larger than any cache by far
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Return the bytes a second that `threads` read from memory: the best of three probes and `rounds`.
+
+    A sum alone understates it: kernels that stream rows of weights were seen above it. Restores torch's threads.
+    """
+    data = torch.ones(PROBE_BYTES // 4)
+    rows, vector = data.view(-1, 4096), torch.ones(4096)
+    probes: tuple[Callable[[], object], ...] = (data.sum, data.amax, lambda: rows @ vector)
+    return PROBE_BYTES / _fastest(probes, threads, rounds)
+
+
+def matmul_peak(threads: int, size: int = 1536, rounds: int = 3) -> float:
+    """Return the floating-point operations a second of torch's best square matmul, float32 or bfloat16. Restores the threads."""
+    products = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+        products.append(functools.partial(torch.mm, a, b))
+    return float(2 * size**3 / _fastest(products, threads, rounds))
+
+
+def _fastest(probes: Sequence[Callable[[], object]], threads: int, rounds: int) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        best = float("inf")
+        for probe in probes:
+            probe()
+            for _ in range(rounds):
+                began = time.perf_counter()
+                probe()
+                best = min(best, time.perf_counter() - began)
+        return best
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(kw_only=True)
+class ForeignLoad:
+    """Cores that processes besides `processes` kept busy since this was made, or since the last `look`.
+
+    The kernel counts in ticks of 10 ms, so looks less than some tenths of a second apart say little. Where the kernel does not
+    tell (no /proc), there is no foreign load to see, and `look` returns None.
+    """
+
+    processes: tuple[int, ...]
+    _at: float = field(default=0.0, init=False)
+    _busy: float = field(default=0.0, init=False)
+    _own: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.look()
+
+    def look(self) -> float | None:
+        """Return the cores that others used since the last look."""
+        now, busy, own = time.perf_counter(), _busy_seconds(), sum(_seconds_of(process) for process in self.processes)
+        if busy is None:
+            return None
+        elapsed, others = now - self._at, (busy - self._busy) - (own - self._own)
+        self._at, self._busy, self._own = now, busy, own
+        return max(0.0, others / elapsed)
+
+    def wait(self, below: float, seconds: float, interval: float = 0.5) -> float | None:
+        """Wait until others use less than `below` cores, for at most `seconds`; return what the last look saw."""
+        end = time.perf_counter() + seconds
+        self.look()
+        while True:
+            time.sleep(interval)
+            seen = self.look()
+            if seen is None or seen < below or time.perf_counter() > end:
+                return seen
+
+
+def _busy_seconds() -> float | None:
+    """Return the seconds that all cores together were busy or taken by the host (steal), since boot."""
+    try:
+        words = STAT.read_text().split(maxsplit=11)
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, words[1:9])
+    return (user + nice + system + irq + softirq + steal) / TICK
+
+
+def _seconds_of(process: int) -> float:
+    """Return the processor seconds of a process and of those of its children that have ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / TICK

@@ -1,0 +1,170 @@
+"""A process that runs one engine and measures it on request: `python -m oxfuse.compiler.bench.worker ENGINE FOLDER`.
+
+Requests are lines of JSON on standard input, answers lines of JSON on standard output. Each engine has a process of its own,
+since two in one share a thread pool and an allocator, and disturb each other even when idle.
+
+    {"do": "prefill", "tokens": n}            -> {"seconds", "logits"}   n seeded tokens, logits of the last
+    {"do": "context", "tokens": n}            -> {}                      begin a sequence of n tokens
+    {"do": "decode", "tokens": n}             -> {"seconds": [n]}        continue it, one token at a time
+    {"do": "choose", "implementation": name}  -> {}                      of those in {"implementations"} of the first answer
+
+The first line says what the engine is. An answer {"error"} says that the engine could not do it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+SEED = 1234
+
+
+class Engine(Protocol):
+    """What is measured: `prefill` and `decode` return logits [V] of the last token."""
+
+    name: str
+    implementations: tuple[str, ...]
+    vocab_size: int
+
+    def choose(self, implementation: str) -> None:
+        """Use another of its implementations from now on."""
+
+    def prefill(self, ids: list[int]) -> torch.Tensor:
+        """Begin a new sequence with `ids`."""
+
+    def decode(self, token: int) -> torch.Tensor:
+        """Continue the sequence."""
+
+
+class Oxfuse:
+    """An artifact, through the session that an application would use."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import oxfuse
+
+        self.implementations: tuple[str, ...] = ()
+        self.name = f"oxfuse {oxfuse.__version__}"
+        self._model = oxfuse.load(folder, threads=threads)
+        self._session = self._model.session()
+        self.vocab_size = self._model.vocab_size
+
+    def choose(self, implementation: str) -> None:
+        raise ValueError(f"oxfuse has no implementation {implementation}")
+
+    def prefill(self, ids: list[int]) -> torch.Tensor:
+        self._session.close()
+        self._session = self._model.session()
+        return self._session.prefill(ids)
+
+    def decode(self, token: int) -> torch.Tensor:
+        return self._session.decode(token)
+
+
+class Transformers:
+    """transformers' own model with the checkpoint's values in bfloat16 and its growing cache."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import transformers
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from oxfuse.models.checkpoint import Checkpoint
+        from oxfuse.models.contract import lookup
+
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(threads)
+        self.name = f"transformers {transformers.__version__}"
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # loading MXFP4 needs a further package; the values come from our own reader
+        self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        checkpoint = Checkpoint.open(folder)
+        contract = lookup(config.model_type)
+        sources = contract.tensor_sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(sources[name].read())
+        self.implementations: tuple[str, ...] = (
+            ("grouped_mm", "batched_mm", "eager") if hasattr(config, "num_experts_per_tok") else ()
+        )
+        self.vocab_size = config.vocab_size
+        self._config = config
+        self._cache: Any = None
+
+    def choose(self, implementation: str) -> None:
+        self._model.set_experts_implementation(implementation)
+        self._implementation = implementation
+
+    def prefill(self, ids: list[int]) -> torch.Tensor:
+        config = self._config
+        if self.implementations and self._implementation == "batched_mm":  # copies the weights of every routed row
+            copied = len(ids) * config.num_experts_per_tok * config.hidden_size * config.intermediate_size * 6
+            if copied > 4 << 30:
+                raise ValueError(f"batched_mm would copy {copied >> 30} GiB of weights")
+        return self._run(ids, None)
+
+    def decode(self, token: int) -> torch.Tensor:
+        return self._run([token], self._cache)
+
+    def _run(self, ids: list[int], cache: Any) -> torch.Tensor:
+        out = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        logits: torch.Tensor = out.logits[0, -1].float()
+        return logits
+
+
+ENGINES: dict[str, Callable[[Path, int], Engine]] = {"oxfuse": Oxfuse, "transformers": Transformers}
+
+
+def tokens_for(count: int, vocab_size: int) -> list[int]:
+    """Return the same seeded tokens for every engine."""
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(SEED)).tolist()
+
+
+def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    if request["do"] == "choose":
+        engine.choose(request["implementation"])
+        return {}
+    ids = tokens_for(request["tokens"], engine.vocab_size)
+    if request["do"] == "decode":
+        seconds = []
+        for token in ids:
+            began = time.perf_counter()
+            engine.decode(token)
+            seconds.append(time.perf_counter() - began)
+        return {"seconds": seconds}
+    began = time.perf_counter()
+    logits = engine.prefill(ids)
+    return {"seconds": time.perf_counter() - began, "logits": logits.tolist()} if request["do"] == "prefill" else {}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Serve requests until standard input ends."""
+    kind, folder, threads = sys.argv[1:]
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not come between the answers
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        engine = ENGINES[kind](Path(folder), int(threads))
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+        return
+    say({"name": engine.name, "implementations": engine.implementations})
+    for line in sys.stdin:
+        try:
+            say(_answer(engine, json.loads(line)))
+        except Exception as error:
+            say({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()

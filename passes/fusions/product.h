@@ -1,0 +1,75 @@
+// Products of rows of activations with rows of weights, of any count of either: what dense layers, routers and experts are made of.
+//
+// Few activations are multiplied as the weights stream by; where there are more than the registers hold, a register tile of weights is
+// decoded to float32 once for up to BATCH of them. Activations are float32, and every sum's order depends on its length alone.
+#pragma once
+
+#include "ops.h"
+
+namespace oxfuse {
+
+constexpr int BATCH = 128;          // rows of activations that share one decoded tile; their accumulators take 48 KB
+constexpr int64_t CHUNK = 512;      // values of a row that are decoded at a time: NR rows of them stay in the first-level cache
+constexpr int64_t GRAIN = 65536;    // multiplications below which a thread is not worth waking
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Banks of dense weights, [E, rows, length], a bank being an expert or all; `tile(e, row)` gives NR rows, the last one again past the end.
+template <class T>
+struct DenseRows {
+  using Tile = Dense<T>;
+  static int64_t place(int64_t k) { return k; }
+  const T* values;
+  int64_t rows, length;
+  Tile tile(int64_t expert, int64_t row) const {
+    Tile out;
+    for (int r = 0; r < NR; ++r) out.row[r] = values + (expert * rows + std::min(row + r, rows - 1)) * length;
+    return out;
+  }
+};
+
+// Buffers of one thread.
+struct Scratch {
+  std::unique_ptr<Floats[]> acc{new Floats[BATCH * NR]};
+  std::unique_ptr<float[]> decoded{new float[NR * CHUNK]};
+  float tile[BATCH * NR];  // [m][r]: what `product` leaves
+};
+
+// scratch.tile[m][r] = x[m] . row r, for m <= BATCH rows of x that are padded with zeros to whole vectors.
+template <class W>
+void product(const W& w, const float* const* x, int m, int64_t length, Scratch& scratch) {
+  if (m <= MR) {
+    Floats acc[MR * NR];
+    dot_rows(w, x, m, length, acc);
+    for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(acc[i]);
+    return;
+  }
+  std::fill_n(scratch.acc.get(), m * NR, Floats{});
+  Dense<float> decoded;
+  for (int r = 0; r < NR; ++r) decoded.row[r] = scratch.decoded.get() + r * CHUNK;
+  for (int64_t begin = 0; begin < length; begin += CHUNK) {
+    const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, LANES);
+    for (int r = 0; r < NR; ++r) {
+      float* out = scratch.decoded.get() + r * CHUNK;
+      constexpr int WIDTH = W::STEP * LANES;
+      Floats vectors[W::STEP];
+      int64_t k = 0;
+      for (; k + WIDTH <= count; k += WIDTH) {
+        w.vectors(r, begin + k, vectors);
+        std::memcpy(out + k, vectors, sizeof(vectors));
+      }
+      if constexpr (W::STEP == 1) {
+        if (k < count) store(out + k, load(w.row[r] + begin + k, count - k));
+      }
+    }
+    for (int i = 0; i < m; i += MR) {
+      const float* rows[MR];
+      const int some = std::min(MR, m - i);
+      for (int j = 0; j < some; ++j) rows[j] = x[i + j] + begin;
+      advance_rows(decoded, rows, some, 0, padded, scratch.acc.get() + i * NR);
+    }
+  }
+  for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(scratch.acc[i]);
+}
+
+}  // namespace oxfuse
