@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import ExportedProgram
 
-from oxfuse.errors import InternalError
+from oxfuse.errors import InternalError, UserError
 from oxfuse.passes.fusions.build import OpsBuild
 
 LIBRARY = "program.so"
@@ -56,11 +57,18 @@ def use_ops(module: fx.GraphModule, ops: OpsBuild) -> int:
     changed = 0
     for node in module.graph.nodes:
         op, dtypes = targets.get(node.target, (None, ()))
-        if op is not None and node.args[0].meta["val"].dtype in dtypes:
+        if op is not None and _dtype(node.args[0]) in dtypes:
             node.target = op
             changed += 1
     module.recompile()
     return changed
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    while "val" not in node.meta:  # a view that came with the cache, of something that the exporter saw
+        node = node.all_input_nodes[0]
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _op(qualified: str) -> torch._ops.OpOverload:
@@ -71,10 +79,18 @@ def _op(qualified: str) -> torch._ops.OpOverload:
 
 
 def lower(program: ExportedProgram, folder: Path, level: str) -> Lowered:
-    """Compile `program` for an x86-64 level into `folder`, which is made. Raises InternalError if Inductor yields other files."""
+    """Compile `program` for an x86-64 level into `folder`, which is made. Raises InternalError if Inductor yields other files.
+
+    Raises UserError where Inductor finds no C++ compiler; the variable CXX names the one it looks for.
+    """
     module = program.module(check_guards=False)
     args, kwargs = program.example_inputs or ((), {})
-    files = torch._inductor.aot_compile(module, args, kwargs, options=options(level))
+    try:
+        files = torch._inductor.aot_compile(module, args, kwargs, options=options(level))
+    except InductorError as error:
+        if isinstance(error.inner_exception, InvalidCxxCompiler):  # CXX names one that is not there, for example
+            raise UserError(f"{error.inner_exception}. `oxfuse doctor` looks at the compilers of this machine.") from error
+        raise
     paths = [Path(f) for f in files if isinstance(f, str)] if isinstance(files, list) else []
     libraries = [path for path in paths if path.suffix == ".so"]
     if len(libraries) != 1:

@@ -32,6 +32,7 @@ struct DenseRows {
 struct Scratch {
   std::unique_ptr<Floats[]> acc{new Floats[BATCH * NR]};
   std::unique_ptr<float[]> decoded{new float[NR * CHUNK]};
+  std::unique_ptr<bfloat16[]> halves{new bfloat16[NR * CHUNK]};
   float tile[BATCH * NR];  // [m][r]: what `product` leaves
 };
 
@@ -70,6 +71,44 @@ void product(const W& w, const float* const* x, int m, int64_t length, Scratch& 
     }
   }
   for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(scratch.acc[i]);
+}
+
+// The same for rows of x in bfloat16, padded with zeros to twice whole vectors, where the processor multiplies those: products are exact
+// and summed in float32, two at a time. Weights are values that bfloat16 holds.
+template <class W>
+void product(const W& w, const bfloat16* const* x, int m, int64_t length, Scratch& scratch) {
+#ifdef __AVX512F__
+  std::fill_n(scratch.acc.get(), m * NR, Floats{});
+  const bfloat16* decoded[NR];
+  for (int r = 0; r < NR; ++r) decoded[r] = scratch.halves.get() + r * CHUNK;
+  for (int64_t begin = 0; begin < length; begin += CHUNK) {
+    const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, 2 * LANES);
+    for (int r = 0; r < NR; ++r) {
+      bfloat16* out = scratch.halves.get() + r * CHUNK;
+      constexpr int WIDTH = W::STEP * LANES;
+      Floats vectors[W::STEP];
+      int64_t k = 0;
+      for (; k + WIDTH <= count; k += WIDTH) {
+        w.vectors(r, begin + k, vectors);
+        for (int i = 0; i < W::STEP; ++i) store_upper(out + k + i * LANES, vectors[i]);
+      }
+      if constexpr (W::STEP == 1) {
+        if (k < count) store_upper(out + k, load(w.row[r] + begin + k, count - k)), k += LANES;
+      }
+      if (k < padded) std::fill(out + k, out + padded, bfloat16{});
+    }
+    for (int i = 0; i < m; i += MR) {
+      Floats* acc = scratch.acc.get() + i * NR;
+      switch (std::min(MR, m - i)) {
+        case 1: advance_pairs<1>(decoded, x + i, begin, padded, acc); break;
+        case 2: advance_pairs<2>(decoded, x + i, begin, padded, acc); break;
+        case 3: advance_pairs<3>(decoded, x + i, begin, padded, acc); break;
+        default: advance_pairs<4>(decoded, x + i, begin, padded, acc);
+      }
+    }
+  }
+  for (int i = 0; i < m * NR; ++i) scratch.tile[i] = sum(scratch.acc[i]);
+#endif
 }
 
 }  // namespace oxfuse

@@ -194,6 +194,62 @@ __attribute__((noinline)) void advance_steps(const W& w, const float* const* x, 
   for (int i = 0; i < M * NR; ++i) acc[i] = local[i / NR][i % NR];
 }
 
+// Whether the processor at hand multiplies bfloat16 itself. The library is built for a level that need not have it, so this is asked
+// when it runs. OXFUSE_EMULATE_BF16 stands in for such a processor: what surrounds the instruction can then be tested anywhere.
+inline bool multiplies_bfloat16() {
+#ifdef OXFUSE_EMULATE_BF16
+  return true;
+#elif defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+#ifdef __AVX512F__
+#ifdef OXFUSE_EMULATE_BF16
+#define OXFUSE_BF16_TARGET
+typedef __m512i Pairs;
+inline Floats dot_pairs(Floats acc, Pairs a, Pairs b) {
+  const __m512i high = _mm512_set1_epi32(0xffff0000);
+  acc += (Floats)_mm512_and_si512(a, high) * (Floats)_mm512_and_si512(b, high);
+  return acc + (Floats)_mm512_slli_epi32(a, 16) * (Floats)_mm512_slli_epi32(b, 16);
+}
+#else
+#define OXFUSE_BF16_TARGET __attribute__((target("avx512bf16")))
+typedef __m512bh Pairs;
+OXFUSE_BF16_TARGET inline Floats dot_pairs(Floats acc, Pairs a, Pairs b) { return (Floats)_mm512_dpbf16_ps((__m512)acc, a, b); }
+#endif
+
+// acc[m * NR + r] += x[m] . w[r] over the values [0, length) of w and [begin, begin + length) of x, a multiple of 2 * LANES.
+template <int M>
+OXFUSE_BF16_TARGET __attribute__((noinline)) void advance_pairs(const bfloat16* const* w, const bfloat16* const* x, int64_t begin, int64_t length,
+                                                                Floats* acc) {
+  Floats local[M][NR];
+#pragma GCC unroll 24
+  for (int i = 0; i < M * NR; ++i) local[i / NR][i % NR] = acc[i];
+  for (int64_t k = 0; k < length; k += 2 * LANES) {
+    Pairs values[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) std::memcpy(&values[m], x[m] + begin + k, sizeof(Pairs));
+#pragma GCC unroll 6
+    for (int r = 0; r < NR; ++r) {
+      Pairs weight;
+      std::memcpy(&weight, w[r] + k, sizeof(Pairs));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) local[m][r] = dot_pairs(local[m][r], values[m], weight);
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < M * NR; ++i) acc[i] = local[i / NR][i % NR];
+}
+
+// The upper halves of float32 values: exact where they are bfloat16 values.
+inline void store_upper(bfloat16* out, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)));
+}
+#endif
+
 template <class W>
 void advance_rows(const W& w, const float* const* x, int m, int64_t begin, int64_t length, Floats* acc) {
   if (m == 1) advance_steps<1>(w, x, begin, length, acc);

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops, resolve_isa
+from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
+from oxfuse.passes.fusions.isa import resolve_isa
 
 _built: dict[str, OpsBuild] = {}
 

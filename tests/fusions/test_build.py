@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from oxfuse.errors import InternalError, UserError
-from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops, resolve_isa
+from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
 from oxfuse.passes.fusions.contract import CpuKernel
+from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.passes.fusions.moe_dispatch.cases import CASES as MOE
 from oxfuse.passes.fusions.sink_attention.cases import CASES as ATTENTION
 
@@ -92,6 +93,14 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
         )
     per_step = {"Dense<float>": 1, "Dense<oxfuse::bfloat16>": 1, "Mxfp4": 32 // lanes}
     assert found == {(kind, m): 6 * m * count for kind, count in per_step.items() for m in range(1, rows + 1)}
+    pairs = re.findall(r"^\w+ <void oxfuse::advance_pairs<(\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
+    assert {int(m): len(re.findall(r"vdpbf16ps", body)) for m, body in pairs} == (
+        {m: 6 * m for m in range(1, 5)} if ops.isa == "x86-64-v4" else {}
+    )
+    assert not any(re.search(r"zmm\d+,.*\(%r[sb]p\)", body) for _, body in pairs), "accumulators left the registers"
+    assert text.count("vdpbf16ps") == 60 * (ops.isa == "x86-64-v4"), (
+        "an instruction that the level lacks, outside of its function"
+    )
 
 
 def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:

@@ -6,14 +6,6 @@
 
 namespace oxfuse {
 
-static bool multiplies_bfloat16() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 static Tensor by_torch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
@@ -50,9 +42,10 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
   std::vector<int64_t> shape = sizes(input);
   shape.back() = rows;
   const int64_t tokens = length ? input.numel() / length : 0;
-  if (tokens > MR && multiplies_bfloat16()) return by_torch(input, weight, bias);
+  const Tensor in = torch::stable::contiguous(input);
+  if (tokens > MR && multiplies_bfloat16()) return by_torch(in, weight, bias);
 
-  const Tensor in = torch::stable::contiguous(input), out = torch::stable::new_empty(input, shape);
+  const Tensor out = torch::stable::new_empty(input, shape);
   const int64_t stride = round_up(length, LANES);
   const std::unique_ptr<float[]> wide(new float[tokens * stride]);
   std::vector<const float*> x(tokens);

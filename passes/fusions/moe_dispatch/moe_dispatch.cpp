@@ -2,7 +2,8 @@
 //
 // Tokens are grouped by expert. Threads share the rows of the weights, not the experts, so skewed routing costs nothing. Where a
 // register tile of rows serves more tokens than fit the registers, it is decoded to float32 once for up to BATCH of them.
-// Activations are float32 from the input to the one rounding at the end.
+// Activations are float32 from the input to the one rounding at the end; but where a bfloat16 model meets a processor that multiplies
+// bfloat16, experts with many tokens use that, and their hidden values are rounded to it as the reference in that dtype does.
 #include "../product.h"
 
 namespace oxfuse {
@@ -93,9 +94,15 @@ static Routing route(const float* const* x, int64_t tokens, const T* router, con
   return out;
 }
 
+// Rows of activations: in float32, and also in bfloat16 where the processor multiplies it.
+struct Rows {
+  std::vector<const float*> wide;
+  std::vector<const bfloat16*> half;
+};
+
 // Calls out(e, first sorted row, count, first weight row, tile) for all products of the routed rows x with the rows of their experts.
 template <class W, class Out>
-static void for_each_product(const W& weights, const Routing& routing, const std::vector<const float*>& x, Out&& out) {
+static void for_each_product(const W& weights, const Routing& routing, const Rows& x, Out&& out) {
   const int64_t experts = routing.begin.size() - 1, tiles = round_up(weights.rows, NR) / NR;
   const int64_t cost = routing.begin[experts] * NR * weights.length;
   parallel_for(0, tiles, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
@@ -104,22 +111,33 @@ static void for_each_product(const W& weights, const Routing& routing, const std
       for (int64_t m = routing.begin[e]; m < routing.begin[e + 1]; m += BATCH) {
         const int some = static_cast<int>(std::min<int64_t>(BATCH, routing.begin[e + 1] - m));
         for (int64_t tile = first; tile < last; ++tile) {
-          product(weights.tile(e, tile * NR), &x[m], some, weights.length, scratch);
+          if (some > MR && !x.half.empty())
+            product(weights.tile(e, tile * NR), &x.half[m], some, weights.length, scratch);
+          else
+            product(weights.tile(e, tile * NR), &x.wide[m], some, weights.length, scratch);
           out(e, m, some, tile * NR, scratch.tile);
         }
       }
   });
 }
 
-// One step of at most as many tokens as STEP_BYTES allows. x: rows of float32 in the order of `W::place`, padded.
+// One step of at most as many tokens as STEP_BYTES allows. x: rows in the order of `W::place`, padded.
 template <class T, class W>
-static void run_experts(const Routing& routing, const std::vector<const float*>& x, const W& gate_up, const Values& gate_up_bias,
+static void run_experts(const Routing& routing, const Rows& x, const W& gate_up, const Values& gate_up_bias,
                         const W& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
   const int64_t rows = tokens * k, width = gate_up.rows / 2, stride = round_up(width, 32), hidden = down.rows;
   std::unique_ptr<float[]> inner(new float[rows * stride]), outer(new float[rows * hidden]);
-  for (int64_t row = 0; row < rows; ++row) std::fill(&inner[row * stride] + width, &inner[row * stride] + stride, 0.f);
-  std::vector<const float*> sources(rows), inners(rows);
-  for (int64_t row = 0; row < rows; ++row) sources[row] = x[routing.token[row]], inners[row] = &inner[row * stride];
+  std::unique_ptr<bfloat16[]> inner_half(x.half.empty() ? nullptr : new bfloat16[rows * stride]);
+  Rows sources, inners;
+  for (int64_t row = 0; row < rows; ++row) {
+    std::fill(&inner[row * stride] + width, &inner[row * stride] + stride, 0.f);
+    sources.wide.push_back(x.wide[routing.token[row]]);
+    inners.wide.push_back(&inner[row * stride]);
+    if (!inner_half) continue;
+    std::fill(&inner_half[row * stride] + width, &inner_half[row * stride] + stride, bfloat16{});
+    sources.half.push_back(x.half[routing.token[row]]);
+    inners.half.push_back(&inner_half[row * stride]);
+  }
 
   for_each_product(gate_up, routing, sources, [&](int64_t e, int64_t m, int count, int64_t first, float* tile) {
     float values[BATCH * NR / 2];
@@ -127,8 +145,11 @@ static void run_experts(const Routing& routing, const std::vector<const float*>&
       for (int64_t r = 0; r < NR && first + r < 2 * width; ++r) tile[i * NR + r] += gate_up_bias[e * 2 * width + first + r];
     activate(tile, count * NR / 2, alpha, limit, values);
     for (int i = 0; i < count; ++i)
-      for (int64_t r = 0; r < NR / 2 && first / 2 + r < width; ++r)
-        inner[(m + i) * stride + W::place(first / 2 + r)] = values[i * NR / 2 + r];
+      for (int64_t r = 0; r < NR / 2 && first / 2 + r < width; ++r) {
+        const int64_t at = (m + i) * stride + W::place(first / 2 + r);
+        inner[at] = values[i * NR / 2 + r];
+        if (inner_half) inner_half[at] = narrow<bfloat16>(inner[at]);
+      }
   });
   for_each_product(down, routing, inners, [&](int64_t e, int64_t m, int count, int64_t first, float* tile) {
     for (int i = 0; i < count; ++i)
@@ -187,9 +208,12 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
     const T* router = data<T>(router_weight);
     std::unique_ptr<float[]> natural(new float[std::min(step, tokens) * stride]), placed;
     if (gate_up_scales) placed.reset(new float[std::min(step, tokens) * stride]);
+    std::unique_ptr<bfloat16[]> halves;
+    if (std::is_same_v<T, bfloat16> && multiplies_bfloat16()) halves.reset(new bfloat16[std::min(step, tokens) * stride]);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);
-      std::vector<const float*> rows(count), routed(count);
+      std::vector<const float*> rows(count);
+      Rows routed;
       for (int64_t t = 0; t < count; ++t) {
         float *row = &natural[t * stride], *other = placed ? &placed[t * stride] : row;
         const T* source = data<T>(x_in) + (begin + t) * hidden;
@@ -197,7 +221,11 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
         std::fill(row + hidden, row + stride, 0.f);
         if (placed)
           for (int64_t i = 0; i < hidden; ++i) other[interleaved(i)] = row[i];
-        rows[t] = row, routed[t] = other;
+        rows[t] = row;
+        routed.wide.push_back(other);
+        if (!halves) continue;
+        for (int64_t i = 0; i < stride; ++i) halves[t * stride + i] = narrow<bfloat16>(other[i]);
+        routed.half.push_back(&halves[t * stride]);
       }
       const Routing routing = route(rows.data(), count, router, router_b, experts, hidden, top_k);
       T* result = static_cast<T*>(out.data_ptr()) + begin * hidden;

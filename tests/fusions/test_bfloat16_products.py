@@ -1,0 +1,44 @@
+"""The path for processors that multiply bfloat16, run anywhere: the one instruction is emulated, all around it is as it ships."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oxfuse.passes.fusions import build
+from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
+from oxfuse.passes.fusions.contract import OpCase
+from oxfuse.passes.fusions.isa import resolve_isa
+from oxfuse.passes.fusions.moe_dispatch.cases import CASES
+
+TOLERANCE = 2.0**-8  # of the largest result: its own rounding, and that of the hidden values
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
+    if resolve_isa("native")[0] != "x86-64-v4":
+        pytest.skip("this CPU does not have AVX-512")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", (*build.FLAGS, "-DOXFUSE_EMULATE_BF16"))
+        kernels = [kernel for kernel in cpu_kernels() if "oxfuse::moe_dispatch" in kernel.ops]
+        made = build_ops(kernels, "x86-64-v4", tmp_path_factory.mktemp("emulated") / "ops.so")
+    load_ops(made)
+    return made
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_experts(case: OpCase, emulated: OpsBuild) -> None:
+    args = case.args(torch.bfloat16)
+    got = getattr(torch.ops.oxfuse, emulated.names[case.op].removeprefix("oxfuse::"))(*args)
+    wide = (x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
+    exact = torch.ops.oxfuse.moe_dispatch(*wide)
+    assert (got.double() - exact).abs().max() <= TOLERANCE * exact.abs().max()
+
+
+def test_the_path_is_taken(emulated: OpsBuild, ops: OpsBuild) -> None:
+    (case,) = (case for case in CASES if case.name == "many tokens")
+    args = case.args(torch.bfloat16)
+    theirs, other = (
+        getattr(torch.ops.oxfuse, made.names[case.op].removeprefix("oxfuse::"))(*args).double() for made in (emulated, ops)
+    )
+    assert not torch.equal(theirs, other)
