@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oxfuse.errors import UserError
+from oxfuse.errors import UserError, shown
 from oxfuse.models.contract import ModelContract, contracts, lookup
 from oxfuse.models.safetensors_file import SafetensorsFile
 from oxfuse.models.tensor_source import FileTensor, MemoryTensor, TensorSource
@@ -88,8 +88,14 @@ class Checkpoint:
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of `folder` that say how text becomes token ids: tokenizer, its configuration, chat template."""
-    return tuple(path for name in _TOKENIZER if (path := folder / name).is_file())
+    """Return the files of `folder` that say how text becomes token ids: tokenizer, its configuration, chat template.
+
+    Raises UserError where one of them is a link that leaves the folder: it would be copied into the artifact.
+    """
+    paths = [_inside(folder, name) for name in _TOKENIZER if (folder / name).is_file() or (folder / name).is_symlink()]
+    if broken := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{broken[0]} links to {broken[0].resolve()}, which is not there. Get that file, or remove the link.")
+    return tuple(paths)
 
 
 def _recognise(config: Mapping[str, Any], folder: Path) -> str:
@@ -101,7 +107,7 @@ def _recognise(config: Mapping[str, Any], folder: Path) -> str:
 
 def _read_json(path: Path, required: bool = False) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(_inside(path.parent, path.name).read_text("utf-8"))
     except FileNotFoundError:
         if not required:
             return {}
@@ -136,11 +142,12 @@ def _open_tensors(folder: Path) -> dict[str, TensorSource]:
         file = SafetensorsFile(_inside(folder, name))
         absent = sorted(wanted - file.entries.keys()) if wanted is not None else []
         if absent:
-            raise UserError(f"{_INDEX} says that {name} holds {_some(absent)}; it does not. Get index and shards again.")
+            raise UserError(f"{_INDEX} says that {shown(name)} holds {_some(absent)}; it does not. Get index and shards again.")
         for key in wanted if wanted is not None else file.entries:
             if key in tensors:
                 raise UserError(
-                    f"{folder}: {key} is stored in {name} and in another file. Remove what does not belong, or add {_INDEX}."
+                    f"{folder}: {shown(key)} is stored in {name} and in another file. "
+                    f"Remove what does not belong, or add {_INDEX}."
                 )
             entry = file.entries[key]
             tensors[key] = FileTensor(name=key, shape=entry.shape, dtype=entry.dtype, file=file)
@@ -159,7 +166,9 @@ def _read_index(folder: Path) -> dict[str, set[str] | None]:
         held.add(tensor)
     for shard in shards:
         if Path(shard).suffix in _PICKLES:
-            raise UserError(f"{path} names {shard}, a pickle, which can run code when read; oxfuse reads safetensors only.")
+            raise UserError(
+                f"{path} names {shown(shard)}, a pickle, which can run code when read; oxfuse reads safetensors only."
+            )
     if absent := sorted(shard for shard in shards if not _inside(folder, shard).is_file()):
         raise UserError(
             f"{path} names {_some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there. Get the missing files."
@@ -168,17 +177,38 @@ def _read_index(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Return the path of a shard. Raises UserError if it, or what it links to, lies elsewhere.
+    """Return the path of a file of the checkpoint. Raises UserError if it, or what it links to, lies elsewhere.
 
-    A snapshot of the Hugging Face cache links to its own repository's `blobs`; that counts as inside.
+    A snapshot of the Hugging Face cache is made of links to that cache's stores; those count as inside.
     """
     root, path = folder.resolve(), folder / name
-    target = path.resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    try:
+        target = path.resolve()
+        target.is_file()
+    except (OSError, RuntimeError) as error:  # Python up to 3.12 raises RuntimeError for links that lead in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: {shown(name)} cannot be followed: {reason!s:.200}. Copy the file into the folder.") from error
+    except ValueError as error:  # a NUL, or no Unicode
+        raise UserError(f"{folder}: {shown(name)} is no file name: {error!s:.200}. Get the index again.") from error
+    homes = [root, *_stores(root)]
     if Path(name).is_absolute() or ".." in Path(name).parts or not any(target.is_relative_to(home) for home in homes):
-        raise UserError(f"{folder}: the shard {name!r} leads to {target}, outside the folder. Copy the file into it.")
+        raise UserError(f"{folder}: {shown(name)} leads to {shown(str(target), 200)}, outside the folder. Copy the file into it.")
     return path
 
 
+def _stores(root: Path) -> list[Path]:
+    """Return where the Hugging Face cache keeps the files of a snapshot: REPOSITORY/blobs, and CACHE/blobs for all repositories.
+
+    `root` is CACHE/models--ORG--NAME/snapshots/COMMIT or a folder in it. Since huggingface_hub 2 a repository's blob may itself
+    be a link into the shared store.
+    """
+    for snapshot in (root, *root.parents):
+        if snapshot.parent.name == "snapshots":
+            repository = snapshot.parents[1]
+            shared = [repository.parent / "blobs"] if repository.name.startswith("models--") else []
+            return [repository / "blobs", *shared]
+    return []
+
+
 def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(f"{name:.200}" for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

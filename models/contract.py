@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import oxfuse.models
-from oxfuse.errors import UserError
+from oxfuse.errors import UserError, shown
 
 if TYPE_CHECKING:
     from oxfuse.models.checkpoint import Checkpoint, TensorSource
@@ -84,12 +84,14 @@ class ModelContract:
     def task_of(self, config: Mapping[str, Any]) -> str:
         """Return the task that `config.json`'s `architectures` names, or the default. Raises UserError if it names another."""
         names = config.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"config.json: architectures is {shown(names)}; it must be a list of names. Correct config.json.")
         for name in names:
             if name in self.architectures:
                 return self.architectures[name]
         if names:
             raise UserError(
-                f"config.json names the architecture {', '.join(map(str, names))}; oxfuse has {', '.join(self.architectures)} "
+                f"config.json names the architecture {', '.join(names):.200}; oxfuse has {', '.join(self.architectures)} "
                 f"for {self.model_type}. Name the task you want, or use another checkpoint."
             )
         return self.default_task
@@ -118,7 +120,7 @@ def lookup(model_type: str) -> ModelContract:
     known = contracts()
     if model_type not in known:
         raise UserError(
-            f"The checkpoint's model_type is {model_type!r}; oxfuse knows {', '.join(sorted(known))}. "
+            f"The checkpoint's model_type is {shown(model_type)}; oxfuse knows {', '.join(sorted(known))}. "
             "Use such a checkpoint, or add the model with oxfuse.models.register."
         )
     return known[model_type]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oxfuse.errors import UserError
+from oxfuse.errors import UserError, shown
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -24,6 +24,8 @@ _DTYPES = {
 }  # fmt: skip
 _HEADER_LIMIT = 100_000_000
 """Bytes; the format's own limit."""
+_MOST_DIMS = 64
+"""Of a tensor, in torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,20 +87,21 @@ def read_entries(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, name: str, fields: Any, begin: int, size: int) -> Entry:
     try:
         dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError) as error:
-        raise _damaged(path, f"the header's entry for {name} is malformed") from error
-    if not whole or end < start:
-        raise _damaged(path, f"the header's entry for {name} holds impossible numbers")
-    if dtype not in _DTYPES:
+        raise _damaged(path, f"the header's entry for {shown(name)} is malformed") from error
+    if not whole or len(shape) > _MOST_DIMS or end < start:
+        raise _damaged(path, f"the header's entry for {shown(name)} holds impossible numbers")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise UserError(
-            f"{path}: {name} is stored as {dtype!r}; oxfuse reads {', '.join(_DTYPES)}. Use a checkpoint in one of these."
+            f"{path}: {shown(name)} is stored as {shown(dtype)}; "
+            f"oxfuse reads {', '.join(_DTYPES)}. Use a checkpoint in one of these."
         )
     entry = Entry(dtype=_DTYPES[dtype], shape=tuple(shape), start=begin + start)
     if entry.nbytes != end - start:
-        raise _damaged(path, f"{name} of shape {shape} needs {entry.nbytes} bytes, its entry has {end - start}")
+        raise _damaged(path, f"{shown(name)} of shape {shape} needs {entry.nbytes} bytes, its entry has {end - start}")
     if begin + end > size:
-        raise _damaged(path, f"{name} ends at byte {begin + end}, the file has {size}")
+        raise _damaged(path, f"{shown(name)} ends at byte {begin + end}, the file has {size}")
     return entry
 
 

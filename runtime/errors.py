@@ -18,3 +18,12 @@ class UserError(OxfuseError):
 
 class InternalError(OxfuseError):
     """A fault of oxfuse itself: a pass broke a graph, a rewrite disagrees with what it replaced. Command line: exit code 70."""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as a message shows it: its repr, cut where a damaged file made it long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of thousands of digits
+        return f"a {type(value).__name__} that is too long to print"
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

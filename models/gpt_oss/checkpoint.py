@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from oxfuse.errors import UserError
+from oxfuse.errors import UserError, shown
 from oxfuse.models.checkpoint import Checkpoint
 from oxfuse.models.gpt_oss.config import GptOssConfig
 from oxfuse.models.gpt_oss.model import GptOssForCausalLM, GptOssModel
 from oxfuse.models.tensor_source import MXFP4_BLOCK, MatricesTransposed, Mxfp4Tensor, RowsOf, Scales, TensorSource
 
+_MOST_NAMED = 8
 _HEAD, _EMBEDDING, _BODY = "lm_head.weight", "model.embed_tokens.weight", "model."
 _ORIGINAL = {_EMBEDDING: "embedding.weight", _HEAD: "unembedding.weight", "model.norm.weight": "norm.scale"}
 _ORIGINAL_LAYER = {
@@ -40,10 +41,16 @@ def tensor_sources(checkpoint: Checkpoint, config: GptOssConfig, task: str) -> d
     Tied embeddings have one entry, the embeddings'. Raises UserError that lists every missing, unexpected or misshapen tensor,
     or names a quantisation other than MXFP4.
     """
+    where = checkpoint.folder or "The module"
+    if config.num_hidden_layers > len(checkpoint.tensors):
+        raise UserError(
+            f"{where}: config.json says num_hidden_layers is {config.num_hidden_layers}, but there are only "
+            f"{len(checkpoint.tensors)} tensors. Correct config.json, or get the files again."
+        )
     method = (config.extra.get("quantization_config") or {}).get("quant_method", "mxfp4")
     if method != "mxfp4":
         raise UserError(
-            f"The checkpoint is quantised by {method!r}; oxfuse reads MXFP4 and unquantised GPT-OSS checkpoints. Use one."
+            f"The checkpoint is quantised by {shown(method)}; oxfuse reads MXFP4 and unquantised GPT-OSS checkpoints. Use one."
         )
     with torch.device("meta"):
         bare = task == "feature-extraction"
@@ -147,10 +154,11 @@ class _Finder:
             self.unfit[f"{head.name} differs from {embedding.name}, though tie_word_embeddings is true"] = None
 
     def insist(self) -> None:
-        """Raise UserError if anything did not fit."""
+        """Raise UserError if anything did not fit. A long list is cut: it means that config.json is another model's."""
         unexpected = sorted(self.tensors.keys() - self.used)
         parts = [
-            f"{title}: {mark.join(names)}."
+            f"{title}: {mark.join(f'{name:.200}' for name in names[:_MOST_NAMED])}"
+            + (f" and {len(names) - _MOST_NAMED} more." if len(names) > _MOST_NAMED else ".")
             for title, names, mark in (
                 ("Missing", list(self.missing), ", "),
                 ("Unexpected", unexpected, ", "),

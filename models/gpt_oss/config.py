@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from oxfuse.errors import UserError
+from oxfuse.errors import UserError, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -34,6 +34,10 @@ _FLAGS = (
     "tie_word_embeddings", "output_router_logits", "use_cache", "attention_bias", "output_attentions", "output_hidden_states",
     "return_dict",
 )  # fmt: skip
+_SIZE = "a positive whole number, less than 2^31"
+_MOST_LAYERS, _MOST_HEAD_DIM = 10_000, 1 << 16
+_MOST_VALUES = 1 << 48
+"""Of one tensor: more than any disk holds, and with 8 bytes each still a size that 64 bits count."""
 _POSITIVE = ("rms_norm_eps", "swiglu_alpha", "swiglu_limit")
 _NOT_NEGATIVE = ("initializer_range", "router_aux_loss_coef", "attention_dropout")
 
@@ -80,7 +84,7 @@ class GptOssConfig:
     return_dict: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         model_type = values.pop("model_type", "gpt_oss")
         if model_type != "gpt_oss":
             raise UserError(f"The configuration's model_type is {model_type!r}, not 'gpt_oss'. Use that model's own class.")
@@ -100,7 +104,8 @@ class GptOssConfig:
 
     def _derive(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            _check(name, value := getattr(self, name), _is_size(value), "a positive whole number")
+            _check(name, value := getattr(self, name), _is_size(value), _SIZE)
+        _check("num_hidden_layers", layers := self.num_hidden_layers, layers <= _MOST_LAYERS, f"at most {_MOST_LAYERS}")
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_key_value_heads is None:
@@ -112,7 +117,7 @@ class GptOssConfig:
 
     def _validate(self) -> None:
         for name in _SIZES:
-            _check(name, value := getattr(self, name), _is_size(value), "a positive whole number")
+            _check(name, value := getattr(self, name), _is_size(value), _SIZE)
         for name in _FLAGS:
             _check(name, value := getattr(self, name), isinstance(value, bool), "true or false")
         for name in _POSITIVE:
@@ -121,6 +126,7 @@ class GptOssConfig:
             _check(name, value := getattr(self, name), _is_number(value) and value >= 0, "a number of at least 0")
         _check("attention_dropout", self.attention_dropout, self.attention_dropout < 1, "below 1")
         _check("head_dim", self.head_dim, self.head_dim % 2 == 0, "even, since RoPE turns its two halves")
+        _check("head_dim", self.head_dim, self.head_dim <= _MOST_HEAD_DIM, f"at most {_MOST_HEAD_DIM}")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         _check("num_attention_heads", heads, heads % groups == 0, f"a multiple of num_key_value_heads, {groups}")
         experts, chosen = self.num_local_experts, self.num_experts_per_tok
@@ -134,6 +140,19 @@ class GptOssConfig:
         pad = self.pad_token_id
         inside = pad is None or (_is_whole(pad) and 0 <= pad < self.vocab_size)
         _check("pad_token_id", pad, inside, f"null or a token id below vocab_size, {self.vocab_size}")
+        bos, eos = self.bos_token_id, self.eos_token_id
+        _check("bos_token_id", bos, bos is None or _is_id(bos), "null or a token id")
+        good = all(map(_is_id, eos)) if isinstance(eos, tuple) else eos is None or _is_id(eos)
+        _check("eos_token_id", eos, good, "null, a token id or a list of token ids")
+        quantised = self.extra.get("quantization_config")
+        _check("quantization_config", quantised, quantised is None or isinstance(quantised, Mapping), "an object or null")
+        for sizes in (
+            ("vocab_size", "hidden_size"),
+            ("num_attention_heads", "head_dim", "hidden_size"),
+            ("num_local_experts", "hidden_size", "intermediate_size"),
+        ):
+            values = math.prod(getattr(self, name) for name in sizes)
+            _check(" x ".join(sizes), values, values <= _MOST_VALUES, f"at most {_MOST_VALUES}, a tensor's limit")
 
     @property
     def num_experts(self) -> int:
@@ -160,7 +179,7 @@ def _from_original(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return transformers' keys for those of gpt_oss/torch/model.py's ModelConfig, whose defaults are the released model's."""
     values = dict(values)
     context, factor = values.pop("initial_context_length", 4096), values.pop("rope_scaling_factor", 32.0)
-    _check("initial_context_length", context, _is_size(context), "a positive whole number")
+    _check("initial_context_length", context, _is_size(context), _SIZE)
     _check("rope_scaling_factor", factor, _is_number(factor) and factor > 0, "a number above 0")
     rope = {
         "rope_type": "yarn",
@@ -178,7 +197,9 @@ def _resolve_aliases(values: dict[str, Any]) -> None:
     for alias, name in _ALIASES.items():
         value = values.pop(alias, None)
         if value is not None and values.setdefault(name, value) != value:
-            raise UserError(f"config.json: {alias} is {value!r} but {name} is {values[name]!r}; they mean the same. Remove one.")
+            raise UserError(
+                f"config.json: {alias} is {shown(value)} but {name} is {shown(values[name])}; they mean the same. Remove one."
+            )
 
 
 def _rope_parameters(rope_parameters: Any, rope_scaling: Any, rope_theta: Any, config: GptOssConfig) -> dict[str, Any]:
@@ -191,7 +212,7 @@ def _rope_parameters(rope_parameters: Any, rope_scaling: Any, rope_theta: Any, c
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "yarn"):
         raise UserError(
-            f"config.json: rope_type is {kind!r}; GPT-OSS models turn by 'yarn', 'default' or 'linear' here. "
+            f"config.json: rope_type is {shown(kind)}; GPT-OSS models turn by 'yarn', 'default' or 'linear' here. "
             "Use a checkpoint with one of these."
         )
     part = rope.get("partial_rotary_factor", config.extra.get("partial_rotary_factor"))
@@ -232,7 +253,8 @@ def _attention_factor(factor: float, mscale: float | None, mscale_all_dim: float
         return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
     if mscale and mscale_all_dim:
-        _check("mscale", mscale, _is_number(mscale) and _is_number(mscale_all_dim), "a number, and mscale_all_dim too")
+        positive = _is_number(mscale) and _is_number(mscale_all_dim) and min(mscale, mscale_all_dim) > 0
+        _check("mscale", mscale, positive, "a number above 0, and mscale_all_dim too")
         return scaled(mscale) / scaled(mscale_all_dim)
     return scaled(1.0)
 
@@ -243,7 +265,7 @@ def _first(*values: Any) -> Any:
 
 def _check(name: str, value: Any, good: bool, expected: str) -> None:
     if not good:
-        raise UserError(f"config.json: {name} is {value!r}; it must be {expected}. Correct the checkpoint's config.json.")
+        raise UserError(f"config.json: {name} is {shown(value)}; it must be {expected}. Correct the checkpoint's config.json.")
 
 
 def _is_whole(value: Any) -> bool:
@@ -251,8 +273,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return _is_whole(value) and value > 0
+    return _is_whole(value) and 0 < value < 1 << 31
+
+
+def _is_id(value: Any) -> bool:
+    return _is_whole(value) and 0 <= value < 1 << 31
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_whole(value) or isinstance(value, float)) and math.isfinite(value)
+    # Numbers beyond 1e30 mean nothing here, and their products and quotients leave what a float holds.
+    return (_is_whole(value) or isinstance(value, float)) and -1e30 < value < 1e30

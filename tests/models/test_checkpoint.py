@@ -281,7 +281,7 @@ def test_index_naming_an_absent_shard_or_tensor(tmp_path: Path) -> None:
         Checkpoint.open(folder)
     (folder / "elsewhere").rename(folder / "model-00001-of-00003.safetensors")
     rewrite_json(index, weight_map={**weight_map, "ghost": "model-00000-of-00003.safetensors"})
-    with pytest.raises(UserError, match=r"says that model-00000-of-00003.safetensors holds ghost; it does not"):
+    with pytest.raises(UserError, match=r"says that .model-00000-of-00003.safetensors. holds ghost; it does not"):
         Checkpoint.open(folder)
     rewrite_json(index, weight_map=[1])
     with pytest.raises(UserError, match="has no weight_map"):
@@ -303,7 +303,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").unlink()
     load_reference(folder)
     save_file({"model.norm.weight": torch.ones(64)}, folder / "other.safetensors")
-    with pytest.raises(UserError, match=r"model.norm.weight is stored in .* and in another file"):
+    with pytest.raises(UserError, match=r".model.norm.weight. is stored in .* and in another file"):
         Checkpoint.open(folder)
 
 
@@ -339,7 +339,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"holds pickles \\({name}\\)"):
         Checkpoint.open(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(UserError, match=f"names {name}, a pickle"):
+    with pytest.raises(UserError, match=f"names '{name}', a pickle"):
         Checkpoint.open(folder)
 
 
