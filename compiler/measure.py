@@ -28,4 +28,11 @@ def measure(folder: Path) -> Parity:
             f"in the mean, where the reference reaches {found.reference_max:.2e}: more than {manifest.model.dtype} explains. "
             "Please report this with the checkpoint's config.json."
         )
-    return Parity(rows=found.rows, rms=found.rms_error, max=found.max_error, top1=found.top1_agreement)
+    return Parity(
+        rows=found.rows,
+        rms=found.rms_error,
+        max=found.max_error,
+        top1=found.top1_agreement,
+        reference_rms=found.reference_rms,
+        reference_max=found.reference_max,
+    )

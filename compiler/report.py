@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oxfuse.runtime.manifest import Limits, ModelSpec, PassRecord, Requirements
+from oxfuse.runtime.units import size_text
 
 REPORT_JSON = "report.json"
 REPORT_MD = "report.md"
@@ -41,17 +42,21 @@ class MemoryReport:
 class Parity:
     """The artifact against the oracle over the golden rows: errors of the logits, and how often the best token agrees (0 to 1).
 
-    All three are None where the artifact could not run, and then `reason` says why.
+    `reference_rms` and `reference_max` are those of the oracle's logits. All are None where the artifact could not run, and then
+    `reason` says why.
     """
 
     rows: int
     rms: float | None = None
     max: float | None = None
     top1: float | None = None
+    reference_rms: float | None = None
+    reference_max: float | None = None
     reason: str | None = None
 
     def __post_init__(self) -> None:
-        known = [value is not None for value in (self.rms, self.max, self.top1)]
+        figures = (self.rms, self.max, self.top1, self.reference_rms, self.reference_max)
+        known = [value is not None for value in figures]
         assert all(known) if self.reason is None else not any(known), "parity is measured, or there is a reason why not"
 
 
@@ -90,46 +95,78 @@ def write_report(folder: Path, report: Report) -> None:
 
 
 def _sections(report: Report) -> Iterable[str]:
-    model, parity, need = report.model, report.parity, report.requirements
-    yield f"# {report.name}"
+    model, limits = report.model, report.limits
     by = ", ".join(f"{name} {version}" for name, version in report.created_by.items())
+    yield f"# {report.name}"
     yield f"A {model.model_type} model for {model.task}, compiled in {model.dtype} by {by}."
-    limits = report.limits
     most, batch, step = limits.max_context, limits.max_batch, limits.max_step_tokens
     yield f"Sequences of up to {most:,} tokens, {batch:,} at a time, {step:,} tokens a step."
-    yield _bullets(f"source {name}: {value}" for name, value in report.source.items())
+    yield _table(("in short", ""), [("accuracy", _accuracy_in_short(report.parity)), *_cost(report)])
+    yield "To try it, in this folder:"
+    yield "    oxfuse generate . -p 'Once upon a time'\n    oxfuse verify .      # measures the accuracy again, on this machine"
     if report.notes:
         yield _bullets(report.notes)
+    yield from _accuracy(report.parity)
+    yield from _what_was_done(report)
+    yield from _what_it_is(report)
 
-    yield "## Parity with the oracle"
+
+def _accuracy_in_short(parity: Parity) -> str:
+    if parity.top1 is None or parity.rms is None or parity.reference_rms is None:
+        return "not measured, see below"
+    return f"RMS error {_share(parity.rms, parity.reference_rms)} of the reference's, best token the same in {parity.top1:.1%}"
+
+
+def _cost(report: Report) -> Iterable[tuple[str, str]]:
+    total = sum(report.sizes.values())
+    parts = ", ".join(f"{kind} {size_text(size)}" for kind, size in report.sizes.items())
+    yield "size", f"{size_text(total)}: {parts}" if parts else size_text(total)
+    need = report.requirements
+    libc = f", glibc {need.glibc} or later" if need.glibc else ""
+    yield "runs on", f"torch {need.torch}, {need.platform} on {need.machine} ({need.cpu_isa}){libc}"
+    memory = f", {size_text(report.memory.anonymous_and_shared)} of memory" if report.memory is not None else ""
+    yield "compiling took", f"{sum(report.seconds.values()):.0f} s{memory}"
+
+
+def _accuracy(parity: Parity) -> Iterable[str]:
+    yield "## Accuracy"
     if parity.reason is not None:
         yield f"Not measured: {parity.reason} `oxfuse verify` measures it where the artifact can run."
-    else:
-        assert parity.rms is not None and parity.max is not None and parity.top1 is not None
-        yield (
-            f"Over {parity.rows} rows of logits, against the float32 reference: RMS error {parity.rms:.2e}, "
-            f"maximum error {parity.max:.2e}, best token the same in {parity.top1:.1%}."
-        )
+        return
+    assert parity.rms is not None and parity.max is not None and parity.top1 is not None
+    assert parity.reference_rms is not None and parity.reference_max is not None
+    yield (
+        f"{parity.rows} rows of logits for seeded tokens, against the plain PyTorch reference in float32, which was run on the "
+        "checkpoint's own weights while compiling (`golden.safetensors`)."
+    )
+    yield _table(
+        ("", "artifact's error", "reference", "share"),
+        [
+            ("RMS", f"{parity.rms:.3g}", f"{parity.reference_rms:.3g}", _share(parity.rms, parity.reference_rms)),
+            ("largest", f"{parity.max:.3g}", f"{parity.reference_max:.3g}", _share(parity.max, parity.reference_max)),
+        ],
+    )
+    yield f"The best token is the same in {parity.top1:.1%} of the rows."
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2g}%" if whole else "–"
+
+
+def _what_was_done(report: Report) -> Iterable[str]:
+    yield "## Passes"
+    rows = [
+        (p.name, f"{p.count:,}", f"{p.checked:,}" if p.max_error is not None else "–", _error(p.max_error)) for p in report.passes
+    ]
+    yield _table(("pass", "rewrites", "distinct", "largest error"), rows)
+    yield (
+        "In the order they ran. Of the rewrites of a fusion, each structurally distinct one was run on random tokens against "
+        "what it replaced; the error is relative to the largest value. `--dump-graphs DIR` draws the graph after each pass."
+    )
 
     yield "## Programs"
     yield _table(("program", "target", "size"), [(p.name, p.target, size_text(p.bytes)) for p in report.programs])
-    yield _bullets(f"{p.name} calls {', '.join(f'{count} {op}' for op, count in p.ops.items())}" for p in report.programs)
-
-    yield "## Sizes"
-    total = sum(report.sizes.values())
-    yield _table(
-        ("files", "size"), [*((kind, size_text(size)) for kind, size in report.sizes.items()), ("together", size_text(total))]
-    )
-
-    yield "## Passes"
-    yield _table(
-        ("pass", "rewrites", "checked", "largest error"),
-        [(p.name, f"{p.count:,}", f"{p.checked:,}", "–" if p.max_error is None else f"{p.max_error:.1e}") for p in report.passes],
-    )
-    yield (
-        "Each structurally distinct rewrite is run on random tokens against what it replaced; the error is relative to the "
-        "largest value."
-    )
+    yield _bullets(f"{p.name} calls {_calls(p.ops)}" for p in report.programs)
 
     yield "## Where the time went"
     whole = sum(report.seconds.values())
@@ -143,18 +180,40 @@ def _sections(report: Report) -> Iterable[str]:
             f"{size_text(report.memory.file_backed)} of mapped files besides, which the system can drop at any time."
         )
 
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _calls(ops: dict[str, int]) -> str:
+    """Return the calls of a program: fused ops, then torch's, the most frequent first in each."""
+    order = sorted(ops, key=lambda op: (not op.startswith("oxfuse::"), -ops[op], op))
+    return ", ".join(f"{ops[op]} {op}" for op in order) or "nothing"
+
+
+def _what_it_is(report: Report) -> Iterable[str]:
+    yield "## Sizes"
+    total = sum(report.sizes.values())
+    yield _table(
+        ("files", "size"), [*((kind, size_text(size)) for kind, size in report.sizes.items()), ("together", size_text(total))]
+    )
+
     yield "## Numerics"
     yield _bullets(f"{name}: {policy}" for name, policy in report.numerics.items())
 
+    need = report.requirements
     yield "## What it needs to run"
-    features = f" with {', '.join(need.cpu_features)}" if need.cpu_features else ""
     yield _bullets(
         [
             f"torch {need.torch}",
-            f"{need.platform} on {need.machine}{features} ({need.cpu_isa})",
+            f"{need.platform} on {need.machine} ({need.cpu_isa})",
             *([f"glibc {need.glibc} or later"] if need.glibc else []),
+            *([f"processor flags {', '.join(need.cpu_features)}"] if need.cpu_features else []),
         ]
     )
+
+    yield "## Source"
+    yield _bullets(f"{name.replace('_', ' ')}: {value}" for name, value in report.source.items())
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -175,12 +234,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return f"| {' | '.join(padded)} |"
 
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

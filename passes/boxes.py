@@ -65,6 +65,20 @@ def short_name(node: fx.Node) -> str:
     return op_name(node).split("::")[-1]
 
 
+def label(node: fx.Node) -> str:
+    """Return what a node is called in the picture: its op, with what tells one part of a value from another."""
+    name, args = short_name(node), node.args
+    if name == "getitem":
+        return f"[{args[1]}]"
+    if name == "select" and len(args) == 3:
+        return f"select {args[2]} of dim {args[1]}"
+    if name == "slice" and len(args) > 1:
+        start, end, step = (args[i] if len(args) > i else None for i in (2, 3, 4))
+        stop = "" if end is None or (isinstance(end, int) and end >= 1 << 62) else end
+        return f"slice {start or ''}:{stop}{f':{step}' if step not in (None, 1) else ''} of dim {args[1]}"
+    return name
+
+
 def value_text(value: Any) -> str:
     """Return dtype and shape of a value: `float32[1, T, 64]`; several are joined; what has none is empty."""
     if isinstance(value, torch.Tensor):
@@ -133,6 +147,9 @@ def boxes_of(graph: fx.Graph) -> tuple[list[Box], dict[fx.Node, int], list[str]]
 def expression(node: fx.Node) -> str:
     """Name a value that is drawn elsewhere: an input by its name, a reshaped value as a call, anything else by op and layer."""
     reads = node.all_input_nodes
+    if node.op == "call_function" and short_name(node) in ("getitem", "select", "slice") and len(reads) == 1:
+        part = label(node)
+        return f"{expression(reads[0])}{part}" if part.startswith("[") else f"{part} of {expression(reads[0])}"
     if node.op == "call_function" and short_name(node) in RESHAPING and len(reads) == 1:
         rest = [str(a) for a in node.args[1:]]
         return f"{short_name(node)}({', '.join([expression(reads[0]), *rest])})"
@@ -193,9 +210,10 @@ def fold(boxes: list[Box], home: dict[fx.Node, int], count: int) -> tuple[dict[i
 
 def describe(box: Box, layer: str, home: dict[fx.Node, int], near: set[int], palette: dict[str, str]) -> None:
     """Fill in a box's lines and colour. What it reads from boxes outside `near` becomes text."""
-    head, tail = box.nodes[0], [short_name(n) for n in box.nodes[1:]]
+    head, tail = box.nodes[0], [label(n) for n in box.nodes[1:]]
     name = "output" if head.op == "output" else short_name(head)
-    lines = [name] if not tail else [f"{name} → {' → '.join(tail)}"] if name in RESHAPING else [name, "→ " + " → ".join(tail)]
+    first = "output" if head.op == "output" else label(head)
+    lines = [first] if not tail else [f"{first} → {' → '.join(tail)}"] if name in RESHAPING else [first, "→ " + " → ".join(tail)]
     value = value_text(box.nodes[-1].meta.get("val"))
     weights, far = [], []
     for read in dict.fromkeys(n for node in box.nodes for n in node.all_input_nodes):
@@ -203,19 +221,18 @@ def describe(box: Box, layer: str, home: dict[fx.Node, int], near: set[int], pal
             weights.append(f"{str(read.target).removeprefix(layer + '.')} {value_text(read.meta.get('val'))}")
         elif read.op == "placeholder" or (read in home and home[read] not in near and read not in box.nodes):
             far.append(expression(read))
-    constants = _constants(head) if op_name(head) in palette else []
-    box.lines = [*_wrapped(lines), *([value] if value else []), *constants, *weights, *(f"← {text}" for text in far)]
+    constants = ", ".join(constants_of(head)) if op_name(head) in palette else ""
+    box.lines = [*_wrapped(lines), *filter(None, (value, constants)), *weights, *(f"← {text}" for text in far)]
     plain = PRODUCT_COLOUR if name in PRODUCTS else RESHAPING_COLOUR if name in RESHAPING else PLAIN_COLOUR
     box.colour = palette.get(op_name(head), plain)
 
 
-def _constants(node: fx.Node) -> list[str]:
-    """Return the numbers that a fused op is called with, by the names of its schema."""
+def constants_of(node: fx.Node) -> list[str]:
+    """Return the numbers that an op is called with, by the names of its schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     named = zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False)
-    numbers = [f"{name} {value:.6g}" for name, value in named if isinstance(value, int | float)]
-    return [", ".join(numbers)] if numbers else []
+    return [f"{name} {value:.6g}" for name, value in named if isinstance(value, int | float)]
 
 
 def _wrapped(lines: list[str]) -> list[str]:

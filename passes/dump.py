@@ -12,7 +12,7 @@ from torch import fx
 from oxfuse.errors import UserError
 from oxfuse.passes.boxes import op_name, value_text
 from oxfuse.passes.graph import layer_name
-from oxfuse.passes.picture import draw
+from oxfuse.passes.picture import colours, draw
 
 
 class GraphDumps:
@@ -23,6 +23,7 @@ class GraphDumps:
         self.folder = folder
         self._last: tuple[str, int, dict[str, int]] | None = None
         self._count = 0
+        self._colours: dict[str, str] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -32,11 +33,13 @@ class GraphDumps:
         """Write the graph as it is after the pass `name`. Raises UserError where the folder cannot be written."""
         title, graph = f"{self._count:02d}_{name}", module.graph
         counts = op_counts(graph)
-        note = changes(self._last[2], counts) if self._last is not None else []
+        note = []
         if self._last is not None:
-            note = [f"since {self._last[0]}: {self._last[1]} → {len(graph.nodes)} nodes", *(note or ["no op was added or removed"])]
+            last, size, before = self._last
+            note = [f"since {last}: {size} → {len(graph.nodes)} nodes", *changes(before, counts)]
+        self._colours = colours(graph, self._colours)
         try:
-            dump_graph(module, self.folder, title, note)
+            dump_graph(module, self.folder, title, note, self._colours)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         self._last, self._count = (title, len(graph.nodes), counts), self._count + 1
@@ -46,11 +49,13 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"The graphs cannot be written to {folder}: {error}. Name a folder where you may write.")
 
 
-def dump_graph(module: fx.GraphModule, folder: Path, name: str, note: Sequence[str] = ()) -> None:
-    """Write `NAME.txt` (every node) and `NAME.svg` (a layered picture) into `folder`; `note` is lines below the title."""
+def dump_graph(
+    module: fx.GraphModule, folder: Path, name: str, note: Sequence[str] = (), known: Mapping[str, str] | None = None
+) -> None:
+    """Write `NAME.txt` (every node) and `NAME.svg` (a layered picture) into `folder`; `note` and `known` as for `draw`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.txt").write_text(graph_text(module.graph, name, note), "utf-8")
-    (folder / f"{name}.svg").write_text(draw(module.graph, name, note), "utf-8")
+    (folder / f"{name}.svg").write_text(draw(module.graph, name, note, known), "utf-8")
 
 
 def op_counts(graph: fx.Graph) -> dict[str, int]:
@@ -60,14 +65,14 @@ def op_counts(graph: fx.Graph) -> dict[str, int]:
 
 
 def changes(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
-    """Return which ops came and which went, a line each, ours first; nothing where all counts are the same."""
+    """Return which ops came and which went, a line each, ours first."""
     difference = {op: after.get(op, 0) - before.get(op, 0) for op in {*before, *after}}
     lines = []
     for title, sign in (("added", 1), ("removed", -1)):
         ops = {op: sign * count for op, count in difference.items() if sign * count > 0}
         order = sorted(ops, key=lambda op: (not op.startswith("oxfuse::"), -ops[op], op))
         lines += [f"{title}: {', '.join(f'{ops[op]} {op}' for op in order)}"] if ops else []
-    return lines
+    return lines or ["no op was added or removed"]
 
 
 def graph_text(graph: fx.Graph, name: str, note: Sequence[str] = ()) -> str:

@@ -1,7 +1,8 @@
 """What a fusion is, and where fusions are found.
 
-A fusion lives in `passes/fusions/<op>/pattern.py` as `FUSION`, which is None where the folder brings but a kernel. It names its anchors in the graph, matches the region around an
-anchor or refuses with a reason, and emits the fused form. The pass manager does the rest: checks, counts, replacement.
+A fusion lives in `passes/fusions/<op>/pattern.py` as `FUSION`, which is None where the folder brings but a kernel. It names its
+anchors in the graph, matches the region around an anchor or refuses with a reason, and emits the fused form. The pass manager
+does the rest: checks, counts, replacement.
 """
 
 from __future__ import annotations

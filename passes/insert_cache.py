@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from oxfuse.errors import InternalError
@@ -42,7 +41,8 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
     """Return the step module and its cache.
 
     `inputs` names the placeholders of the old graph that carry "token_ids", "positions" and "rows". All other placeholders
-    must be unused. The new module shares the old one's weights; its fake values are for an export to renew.
+    must be unused. The new module shares the old one's weights. Its inputs have no fake values, and those of its other nodes are
+    the old graph's: an export renews them.
     Raises InternalError if the graph is not of the form that the docstring of this module gives.
     """
     graph = module.graph
@@ -54,12 +54,11 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
     layers = []
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
-        new = {name: _input(graph, name, torch.empty(_EXAMPLE[name], dtype=torch.long)) for name in STEP_INPUTS}
+        new = {name: graph.placeholder(name) for name in STEP_INPUTS}
         caches = []
         for i, node in enumerate(attentions):
             kv_heads, head_dim = (int(s) for s in shape_of(args_of(node)[1])[2:])
-            like = torch.empty(2, 1, kv_heads, head_dim, dtype=node.meta["val"].dtype)
-            caches.append([_input(graph, f"{kv}_cache_{i}", like) for kv in "kv"])
+            caches.append([graph.placeholder(f"{kv}_cache_{i}") for kv in "kv"])
             layers.append(LayerCache(group=windows.index(int(args_of(node)[4])), kv_heads=kv_heads, head_dim=head_dim))
     first_compute = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first_compute):
@@ -89,23 +88,6 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
     graph.lint()
     step = fx.GraphModule(module, graph)
     return step, PagedCache(windows=tuple(windows), layers=tuple(layers))
-
-
-_EXAMPLE = {
-    "token_ids": (1,),
-    "positions": (1,),
-    "query_start": (2,),
-    "kv_lens": (1,),
-    "slots": (1, 1),
-    "block_tables": (1, 1, 1),
-    "rows": (1,),
-}
-
-
-def _input(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
-    node = graph.placeholder(name)
-    node.meta["val"] = example
-    return node
 
 
 def _erase(graph: fx.Graph, old: object) -> None:

@@ -2,11 +2,13 @@
 
 In: the boxes' sizes and ranks, and edges that lead from a lower rank to a higher one. Out: coordinates of boxes and bends of
 edges. The method is Sugiyama's (1981): an edge over several ranks gets a bend in each, ranks are ordered by barycentres, and
-positions are the least-squares fit to the neighbours' that leaves no overlap. No model and no graph library is known here.
+positions are the least-squares fit to the neighbours' that leaves no overlap. No edge runs through a box that is not its own.
+No model and no graph library is known here.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,11 @@ SWEEPS = 48
 STRAIGHT = 8.0  # how much more a bend follows a bend than a box
 COLUMN_GAP, RANK_GAP = 18.0, 30.0
 BEND = 10.0  # room that a passing edge gets
-LOW_RANK = 60.0  # an edge may slant past the boxes of a rank lower than this
+LOW_RANK = 60.0  # an edge may slant past the boxes of a rank lower than this, if it touches none
+CLEAR = 4.0  # how near an edge may come to a box that is not its own
+SAMPLES = 12  # points of a curve's piece at which it is looked at
+Point = tuple[float, float]
+Cubic = tuple[Point, Point, Point, Point]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class Placement:
 
     left: list[float]
     top: list[float]
-    routes: list[list[tuple[float, float]]]
+    routes: list[list[Point]]
     ranks: list[tuple[float, float]]
     width: float
     height: float
@@ -64,23 +70,68 @@ def place(
     left_edge = min((centre[i] - widths[i] / 2 for i in range(len(widths))), default=0.0)
     centre = [c - left_edge for c in centre]
     top = [ranges[ranks[i]][0] + (ranges[ranks[i]][1] - ranges[ranks[i]][0] - h) / 2 for i, (_, h) in enumerate(sizes)]
-    routes = []
-    for chain in chains:
+    left = [centre[i] - w / 2 for i, (w, _) in enumerate(sizes)]
+    boxes: list[list[tuple[int, float, float, float, float]]] = [[] for _ in ranges]
+    for i, (w, h) in enumerate(sizes):
+        boxes[ranks[i]].append((i, left[i], top[i], left[i] + w, top[i] + h))
+
+    def route(chain: list[int], slanting: bool) -> list[Point]:
         source, target = chain[0], chain[-1]
         points = [(centre[source], top[source] + sizes[source][1])]
+        points += [] if slanting else [(centre[source], ranges[levels[source]][1])]
         for bend in chain[1:-1]:
             upper, lower = ranges[levels[bend]]
-            low = lower - upper < LOW_RANK
+            low = slanting and lower - upper < LOW_RANK
             points += [(centre[bend], (upper + lower) / 2)] if low else [(centre[bend], upper), (centre[bend], lower)]
-        routes.append([*points, (centre[target], top[target])])
+        points += [] if slanting else [(centre[target], ranges[levels[target]][0])]
+        return [*points, (centre[target], top[target])]
+
+    def touches(points: list[Point], own: tuple[int, int]) -> bool:
+        for x, y in (point for piece in curve(points) for point in samples(piece)):
+            rank = bisect.bisect(ranges, y, key=lambda pair: pair[0]) - 1
+            for i, west, north, east, south in boxes[rank] if rank >= 0 else []:
+                if i not in own and west - CLEAR < x < east + CLEAR and north - CLEAR < y < south + CLEAR:
+                    return True
+        return False
+
+    routes = []
+    for chain in chains:
+        slanting = route(chain, True)
+        routes.append(route(chain, False) if touches(slanting, (chain[0], chain[-1])) else slanting)
     return Placement(
-        left=[centre[i] - w / 2 for i, (w, _) in enumerate(sizes)],
+        left=left,
         top=top,
         routes=routes,
         ranks=ranges,
         width=max((centre[i] + widths[i] / 2 for i in range(len(widths))), default=0.0),
         height=ranges[-1][1] if ranges else 0.0,
     )
+
+
+def curve(points: Sequence[Point]) -> list[Cubic]:
+    """Return a smooth path down through all points, vertical at its ends, as Bézier pieces.
+
+    Cubic Hermite in y with the slopes of Fritsch and Carlson (1980): between two points it never leaves their columns.
+    """
+    points = [point for k, point in enumerate(points) if not k or point[1] > points[k - 1][1]]
+    steps = [(u - x) / (v - y) for (x, y), (u, v) in itertools.pairwise(points)]
+    slopes = [0.0, *(2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in itertools.pairwise(steps)), 0.0]
+    pieces = []
+    for ((x, y), (u, v)), (a, b) in zip(itertools.pairwise(points), itertools.pairwise(slopes), strict=True):
+        third = (v - y) / 3
+        pieces.append(((x, y), (x + a * third, y + third), (u - b * third, v - third), (u, v)))
+    return pieces
+
+
+def samples(piece: Cubic) -> list[Point]:
+    """Return points of a Bézier piece."""
+    (a, b, c, d), out = piece, list[Point]()
+    for k in range(SAMPLES + 1):
+        t = k / SAMPLES
+        weights = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3
+        x, y = (sum(w * p[axis] for w, p in zip(weights, (a, b, c, d), strict=True)) for axis in (0, 1))
+        out.append((x, y))
+    return out
 
 
 def _rank_heights(

@@ -32,7 +32,8 @@ class CpuKernel:
         wrong = [name for name in self.ops if not re.fullmatch(r"(oxfuse|aten)::[a-z_][a-z0-9_]*", name)]
         if wrong or not self.ops:
             raise ValueError(
-                f"{self.source.name} declares ops {sorted(self.ops)}; each must be named oxfuse::<op> or aten::<op>, one at least."
+                f"{self.source.name} declares ops {sorted(self.ops)}; "
+                "each must be named oxfuse::<op> or aten::<op>, one at least."
             )
 
 

@@ -11,6 +11,7 @@ import pytest
 from oxfuse.compiler.report import MemoryReport, Parity, ProgramReport, Report, write_report
 from oxfuse.runtime.manifest import Limits, ModelSpec, PassRecord, Requirements
 
+PARITY = {"rows": 32, "rms": 1.25e-3, "max": 2e-2, "top1": 31 / 32, "reference_rms": 0.5, "reference_max": 4.0}
 REPORT = Report(
     name="tiny",
     created_by={"oxfuse": "0.1.0", "torch": "2.13.0"},
@@ -25,10 +26,11 @@ REPORT = Report(
     passes=(
         PassRecord(name="drop_noops", count=1029, checked=0, max_error=None),
         PassRecord(name="rms_norm", count=7, checked=2, max_error=3.2e-7),
+        PassRecord(name="rotary", count=3, checked=1, max_error=0.0),
     ),
     seconds={"export and fuse": 30.0, "compile program": 90.0},
     memory=MemoryReport(anonymous_and_shared=700_000_000, file_backed=3_100_000_000),
-    parity=Parity(rows=32, rms=1.25e-3, max=2e-2, top1=31 / 32),
+    parity=Parity(**PARITY),
     numerics={"experts": "exact: the checkpoint's own values"},
     requirements=Requirements(
         torch="2.13", platform="linux", machine="x86_64", cpu_isa="x86-64-v3", cpu_features=("avx2", "fma"), glibc="2.28"
@@ -40,7 +42,7 @@ REPORT = Report(
 def test_both_files(tmp_path: Path) -> None:
     write_report(tmp_path, REPORT)
     told = json.loads((tmp_path / "report.json").read_text())
-    assert told["parity"] == {"rows": 32, "rms": 1.25e-3, "max": 2e-2, "top1": 31 / 32, "reason": None}
+    assert told["parity"] == {**PARITY, "reason": None}
     assert told["seconds"] == REPORT.seconds
     assert told["passes"][0]["max_error"] is None
     assert (tmp_path / "report.md").read_text() == REPORT.to_markdown()
@@ -50,23 +52,35 @@ def test_text_tells_everything() -> None:
     text = REPORT.to_markdown()
     for words in (
         "# tiny",
-        "- source name: org/tiny",
         "oxfuse 0.1.0, torch 2.13.0",
         "131,072 tokens",
-        "RMS error 1.25e-03, maximum error 2.00e-02, best token the same in 96.9%",
+        "| accuracy       | RMS error 0.25% of the reference's, best token the same in 96.9%",
+        "| size           | 2.5 GB: programs 1.2 MB, weights 2.5 GB, other 12.0 kB",
+        "| runs on        | torch 2.13, linux on x86_64 (x86-64-v3), glibc 2.28 or later",
+        "| compiling took | 120 s, 700 MB of memory",
+        "oxfuse generate . -p",
+        "32 rows of logits",
+        "| RMS     |          0.00125 |       0.5 | 0.25% |",
+        "| largest |             0.02 |         4 |  0.5% |",
+        "best token is the same in 96.9% of the rows",
+        "| drop_noops |    1,029 |        – |             – |",
+        "| rms_norm   |        7 |        2 |       3.2e-07 |",
+        "| rotary     |        3 |        1 |             0 |",
         "| step    | cpu    | 1.2 MB |",
-        "- step calls 13 aten::linear, 7 oxfuse::rms_norm",
-        "| weights  |  2.5 GB |",
-        "| together |  2.5 GB |",
-        "| drop_noops |    1,029 |       0 |             – |",
-        "| rms_norm   |        7 |       2 |       3.2e-07 |",
+        "- step calls 7 oxfuse::rms_norm, 13 aten::linear",
+        "- a|b calls nothing",
         "| compile program |  90.0 s |   75% |",
         "700 MB anonymous and shared",
         "3.1 GB of mapped files",
+        "| weights  |  2.5 GB |",
+        "| together |  2.5 GB |",
         "- experts: exact: the checkpoint's own values",
         "- torch 2.13",
-        "- linux on x86_64 with avx2, fma (x86-64-v3)",
+        "- linux on x86_64 (x86-64-v3)",
         "- glibc 2.28 or later",
+        "- processor flags avx2, fma",
+        "- name: org/tiny",
+        "- revision: abc",
         "- rope_scaling: null means YaRN with its defaults.",
     ):
         assert words in text, text
@@ -80,6 +94,7 @@ def test_what_could_not_be_measured_has_a_reason() -> None:
     assert "oxfuse verify" in text
     assert "Peak memory" not in text
     assert json.loads(report.to_json())["parity"]["rms"] is None
+    assert "| accuracy       | not measured, see below" in text
     for wrong in ({"rms": 1.0, "reason": "why"}, {"rms": 1.0}, {}):
         with pytest.raises(AssertionError):
             Parity(rows=1, **wrong)
