@@ -2,20 +2,22 @@
 
 A cache group is a set of layers that share block tables. Each group numbers its own blocks; block 0 is never handed out,
 since it pads tables and stands for freed entries. Memory is reserved for all blocks and committed by the kernel page by page,
-as blocks are first written; low numbers are handed out first, so what was never needed is never committed.
+as blocks are first written; low numbers are handed out first, so what was never needed is never committed. When nobody holds a
+block any more, the kernel may have the pages back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from oxfuse.runtime.cache_size import CacheSize
 from oxfuse.runtime.errors import UserError
-from oxfuse.runtime.manifest import CacheSpec, Limits
+from oxfuse.runtime.manifest import CacheSpec
 
 ALIGNMENT = 64
 MAP_NORESERVE = 0x4000
@@ -51,6 +53,17 @@ class BlockPool:
         self._references.update(dict.fromkeys(taken, 1))
         return taken
 
+    @property
+    def touched(self) -> int:
+        """Blocks that have been handed out since the pool was made or reset, so that there may be memory behind them."""
+        return self._fresh - 1
+
+    def reset(self) -> None:
+        """Forget which blocks have been handed out; nobody holds one."""
+        assert not self._references, f"{self.used} blocks are held"
+        self._returned.clear()
+        self._fresh = 1
+
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block; block 0 is passed over."""
         for block in blocks:
@@ -71,56 +84,6 @@ class BlockPool:
     def shared(self, block: int) -> bool:
         """Tell whether a block has more than one reference, so that a writer needs a copy of its own."""
         return self._references[block] > 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheSize:
-    """How many blocks each group gets (block 0 included) and what they would take when all are written."""
-
-    blocks: tuple[int, ...]
-    bytes: int
-
-
-def blocks_for(tokens: int, block_size: int) -> int:
-    """Return how many blocks `tokens` tokens fill."""
-    return -(-tokens // block_size)
-
-
-def size_cache(spec: CacheSpec, limits: Limits, *, chunk: int, reserve: int, cache_bytes: int | None = None) -> CacheSize:
-    """Choose the block counts: enough for `max_batch` sequences of `max_context`, or what fits in `cache_bytes` if that is less.
-
-    A sliding group needs no more per sequence than its window, the reserve and one prefill chunk of `chunk` tokens. With
-    `cache_bytes` all groups shrink alike, but none below what one chunk needs. Raises UserError where not even that fits.
-    """
-    size, itemsize = spec.block_size, cache_dtype(spec).itemsize
-    block_bytes = [sum(2 * size * spec.kv_heads[i] * spec.head_dim[i] * itemsize for i in group.layers) for group in spec.groups]
-    longest = blocks_for(limits.max_context, size)
-    full = [
-        # one more for the partial block at the window's old end, one for the copy of a shared block
-        min(longest, blocks_for(group.window + reserve + chunk, size) + 1) + 1 if group.window else longest + 1
-        for group in spec.groups
-    ]
-    least = [n if group.window else min(n, blocks_for(chunk, size) + 2) for n, group in zip(full, spec.groups, strict=True)]
-
-    def counts(units: int) -> tuple[int, ...]:
-        return tuple(1 + max(low, units * n // longest) for low, n in zip(least, full, strict=True))
-
-    def total(blocks: tuple[int, ...]) -> int:
-        return sum(n * each for n, each in zip(blocks, block_bytes, strict=True))
-
-    units = limits.max_batch * longest
-    if cache_bytes is not None and total(counts(units)) > cache_bytes:
-        if total(counts(0)) > cache_bytes:
-            raise UserError(
-                f"cache_bytes is {cache_bytes}; the smallest cache that can run a prefill chunk of {chunk} tokens takes "
-                f"{total(counts(0))} bytes. Give at least that much."
-            )
-        low, high = 0, units  # low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if total(counts(middle)) <= cache_bytes else (low, middle)
-        units = low
-    return CacheSize(blocks=counts(units), bytes=total(counts(units)))
 
 
 def cache_dtype(spec: CacheSpec) -> torch.dtype:
@@ -158,3 +121,13 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     cache = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
     assert cache.data_ptr() % ALIGNMENT == 0  # else a program would copy the cache silently and lose its writes
     return cache
+
+
+def discard(cache: Tensor) -> None:
+    """Give the memory behind a whole cache back to the system. It reads as zeros then, and is committed anew when written.
+
+    Where the system refuses, nothing has changed.
+    """
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(cache.data_ptr()), ctypes.c_size_t(cache.numel() * cache.itemsize), ctypes.c_int(mmap.MADV_DONTNEED)
+    )

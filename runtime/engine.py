@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oxfuse.runtime.blocks import BlockPool, allocate_caches, blocks_for, size_cache
+from oxfuse.runtime.blocks import BlockPool, allocate_caches, discard
+from oxfuse.runtime.cache_size import block_bytes, blocks_for, prefill_chunk, size_cache
 from oxfuse.runtime.errors import InternalError
 from oxfuse.runtime.manifest import CacheSpec, Limits
 
-PREFILL_CHUNK = 1024
-"""Most tokens that one sequence adds to a step: enough to fill the experts' tiles, few enough that decodes need not wait long."""
+KEPT_BYTES = 8 << 20
+"""Bytes of caches that stay in memory while nothing runs: to commit so few again is quick, but not for nothing."""
 
 Step = Callable[[list[Tensor]], Tensor]
 """The inputs in the order of the manifest, caches last, all int64 before them; returns logits [R, V]."""
@@ -93,7 +94,7 @@ class Engine:
         UserError where `cache_bytes` is too small.
         """
         self.step, self.cache, self.limits, self.threads = step, cache, limits, threads
-        self.chunk = min(chunk or PREFILL_CHUNK, limits.max_step_tokens, limits.max_context)
+        self.chunk = prefill_chunk(limits, chunk)
         self.reserve = self.chunk if reserve is None else reserve
         self.size = size_cache(cache, limits, chunk=self.chunk, reserve=self.reserve, cache_bytes=cache_bytes)
         self.pools = [BlockPool(count) for count in self.size.blocks]
@@ -124,6 +125,26 @@ class Engine:
             pool.drop(table)
             table.clear()
         sequence.live, sequence.cached = [0] * len(self.pools), 0
+        if not self.used_blocks:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Give the caches' memory back to the system, now that nobody uses them, if it is worth the trouble."""
+        groups = zip(self.pools, self.cache.groups, strict=True)
+        if sum(pool.touched * block_bytes(self.cache, group) for pool, group in groups) > KEPT_BYTES:
+            for cache in self.caches:
+                discard(cache)
+            for pool in self.pools:
+                pool.reset()
+
+    def remembers(self, sequence: TokenSequence, length: int) -> bool:
+        """Tell whether `sequence` can be continued after its first `length` tokens without running any of those again."""
+        size = self.cache.block_size
+        return length <= sequence.cached and all(
+            max(0, length - group.window + 1) // size >= live
+            for group, live in zip(self.cache.groups, sequence.live, strict=True)
+            if group.window
+        )
 
     def truncate(self, sequence: TokenSequence, length: int) -> None:
         """Keep the first `length` tokens.
@@ -134,12 +155,10 @@ class Engine:
         del sequence.tokens[length:], sequence.positions[length:]
         if length >= sequence.cached:
             return
-        size = self.cache.block_size
-        for group, live in zip(self.cache.groups, sequence.live, strict=True):
-            if group.window and max(0, length - group.window + 1) // size < live:
-                return self.release(sequence)
+        if not self.remembers(sequence, length):
+            return self.release(sequence)
         sequence.cached = length
-        keep = blocks_for(length, size)
+        keep = blocks_for(length, self.cache.block_size)
         for pool, table in zip(self.pools, sequence.tables, strict=True):
             pool.drop(table[keep:])
             del table[keep:]

@@ -37,8 +37,10 @@ def _integers(values: TokenIds, what: str) -> list[int]:
     result = []
     for value in values:
         try:
+            if isinstance(value, bool):
+                raise TypeError
             result.append(value.__index__())
-        except AttributeError:
+        except (AttributeError, TypeError):
             raise UserError(f"The {what} hold {value!r:.60}: give integers.") from None
     return result
 

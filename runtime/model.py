@@ -21,6 +21,7 @@ from oxfuse.runtime.generate import (
     Chunk,
     Generation,
     GenerationJob,
+    GenerationOptions,
     Prompt,
     Stream,
     generation_options,
@@ -28,6 +29,7 @@ from oxfuse.runtime.generate import (
     split_prompts,
     stream_in_thread,
 )
+from oxfuse.runtime.harmony import find_markers
 from oxfuse.runtime.host import check_host
 from oxfuse.runtime.inputs import Batch, BatchRow, TokenIds, batch_rows
 from oxfuse.runtime.manifest import GenerationSpec, Manifest, ProgramSpec, read_manifest
@@ -72,6 +74,7 @@ class CompiledModel:
         self.vocab_size, self.tokenizer, self.report = vocab_size, tokenizer, report
         self._manifest = manifest
         self._eos = frozenset(generation.eos_token_ids if generation else ())
+        self._markers = find_markers(tokenizer) if tokenizer else None
 
     @property
     def manifest(self) -> Manifest:
@@ -151,8 +154,9 @@ class CompiledModel:
 
         A prompt is a text, token ids, or messages for the chat template; `prompts` is one or a list of them. `temperature` 0 is
         greedy. Every prompt samples from its own generator seeded with `seed`, so its tokens do not depend on the others; equal
-        prompts with equal seeds are equal. `stop_token_ids` [] never stops, None means the checkpoint's own. Raises UserError for
-        a prompt or an option that does not fit, before anything is run.
+        prompts with equal seeds are equal. `stop_token_ids` [] never stops, None means the checkpoint's own. The penalty, the
+        temperature, top_k, top_p and min_p apply in this order, each as in transformers. Raises UserError for a prompt or an
+        option that does not fit, before anything is run.
         """
         jobs = self.generation_jobs(
             prompts,
@@ -187,7 +191,8 @@ class CompiledModel:
     ) -> Iterator[Chunk]:
         """Continue one prompt and return its chunks as they come, one a token; the options are `generate`'s.
 
-        The texts add up to the text of `generate`. Raises UserError at the call, not at the first chunk.
+        The texts add up to the text of `generate`, and those of a channel to the text of that channel. Raises UserError at the
+        call, not at the first chunk.
         """
         return self._stream(
             prompt,
@@ -240,22 +245,34 @@ class CompiledModel:
 
     def generation_jobs(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[GenerationJob]:
         """Return one job per prompt for `scheduler.run`; `options` are all of `generate`'s, as are the errors."""
+        chosen = self.generation_options(**options)
+        tokens = [prompt_tokens(p, self.tokenizer, self.vocab_size, self.max_context) for p in split_prompts(prompts)]
+        return [self.generation_job(prompt, chosen) for prompt in tokens]
+
+    def generation_options(self, **options: Any) -> GenerationOptions:
+        """Return the checked options, all of `generate`'s. Raises UserError naming the one that does not fit."""
         chosen = generation_options(vocab_size=self.vocab_size, **options)
         if chosen.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, which this artifact lacks: use stop_token_ids.")
-        ends = self._eos if chosen.stop_token_ids is None else chosen.stop_token_ids
-        tokens = [prompt_tokens(p, self.tokenizer, self.vocab_size, self.max_context) for p in split_prompts(prompts)]
-        return [
-            GenerationJob(
-                self.scheduler.engine.sequence(),
-                prompt,
-                chosen,
-                ends=ends,
-                max_context=self.max_context,
-                tokenizer=self.tokenizer,
-            )
-            for prompt in tokens
-        ]
+        return chosen
+
+    def generation_job(
+        self, prompt: list[int], options: GenerationOptions, *, sequence: TokenSequence | None = None, **extra: Any
+    ) -> GenerationJob:
+        """Return a job that continues checked tokens, in a new sequence or in one that holds the first of them already.
+
+        `extra` goes to the job as it is.
+        """
+        return GenerationJob(
+            self.scheduler.engine.sequence() if sequence is None else sequence,
+            prompt,
+            options,
+            ends=self._eos if options.stop_token_ids is None else options.stop_token_ids,
+            max_context=self.max_context,
+            tokenizer=self.tokenizer,
+            markers=self._markers,
+            **extra,
+        )
 
     def _stream(self, prompt: Prompt, **options: Any) -> Stream:
         jobs = self.generation_jobs(prompt, **options)
@@ -333,7 +350,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error}.") from error
         if found != expected:
-            raise damaged(folder / name, f"has sha256 {found}, the manifest says {expected}")
+            raise damaged(folder / name, f"has sha256 {found}, the manifest says {expected:.64}")
     for weights in manifest.weights:
         check_weight_file(folder, weights)
 

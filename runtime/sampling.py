@@ -17,7 +17,10 @@ from oxfuse.runtime.errors import InternalError, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """`temperature` 0 takes the most likely token; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off."""
+    """`temperature` 0 takes the most likely token; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
+
+    `top_k` beyond the vocabulary keeps all of it; `top_p` 0 keeps the most likely token, as the smallest set that there is.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -30,7 +33,7 @@ class SamplingOptions:
         rules = {
             "temperature": (_is_number(self.temperature) and self.temperature >= 0, "a number >= 0"),
             "top_k": (type(self.top_k) is int and self.top_k >= 0, "a whole number >= 0"),
-            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "a number with 0 < top_p <= 1"),
+            "top_p": (_is_number(self.top_p) and 0 <= self.top_p <= 1, "a number from 0 to 1"),
             "min_p": (_is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
             "repetition_penalty": (_is_number(self.repetition_penalty) and self.repetition_penalty > 0, "a number > 0"),
             "seed": (self.seed is None or (type(self.seed) is int and -(2**63) <= self.seed < 2**63), "None or a 64-bit integer"),
@@ -45,15 +48,35 @@ def _is_number(value: object) -> bool:
 
 
 def penalise_repetition(logits: Tensor, tokens: Sequence[int], penalty: float) -> Tensor:
-    """Divide the positive logits [V] of `tokens` by `penalty`, multiply the negative ones (Keskar et al. 2019, section 4.1)."""
+    """Divide the positive logits [V] of `tokens` by `penalty`, multiply the negative ones (Keskar et al. 2019, section 4.1).
+
+    Each counts once, however often it occurs. A logit that would overflow becomes the largest number there is.
+    """
     seen = torch.tensor(sorted(set(tokens)), dtype=torch.int64)
     scores = logits[seen]
-    return logits.scatter(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+    penalised = _penalised(scores, penalty)
+    finite = scores.isfinite()
+    if not penalised[finite].isfinite().all():  # float64, since the penalty itself may be beyond float32
+        most = torch.finfo(logits.dtype).max
+        penalised = torch.where(finite, _penalised(scores.double(), penalty).clamp(-most, most).to(logits.dtype), scores)
+    return logits.scatter(0, seen, penalised)
+
+
+def _penalised(scores: Tensor, penalty: float) -> Tensor:
+    return torch.where(scores < 0, scores * penalty, scores / penalty)
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Return logits [V] with temperature applied and all that top_k, top_p and min_p exclude set to -inf, in this order."""
-    logits = logits / options.temperature
+    """Return logits [V] with temperature applied and all that top_k, top_p and min_p exclude set to -inf, in this order.
+
+    The largest is finite and stays. Ties with the last of the top_k stay too; of equals at the edge of top_p the later ones stay,
+    which transformers leaves to a sort that is not stable. Where a temperature is so low that the quotient overflows, the
+    largest becomes 0, and the others what their distance from it says.
+    """
+    scaled = logits / options.temperature
+    if not math.isfinite(scaled.max()):
+        scaled = ((logits.double() - logits.max()) / options.temperature).to(logits.dtype)
+    logits = scaled
     if options.top_k:
         logits = logits.masked_fill(logits < logits.topk(min(options.top_k, len(logits))).values[-1], -torch.inf)
     if options.top_p < 1:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from oxfuse.runtime.blocks import blocks_for
+from oxfuse.runtime.cache_size import blocks_for
 from oxfuse.runtime.engine import Engine, Feed, Rows, TokenSequence
 from oxfuse.runtime.errors import UserError
 

@@ -6,6 +6,11 @@ What all pieces of a request add up to is its text, for `generate` and `stream` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Decode = Callable[[Sequence[int]], str]
+"""Turns token ids into text, special tokens into nothing."""
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character, and for a character whose last bytes are not there yet."""
@@ -14,18 +19,41 @@ LONGEST_PARTIAL = 3
 """Bytes of an unfinished UTF-8 character, hence most replacement characters that a later token can still change."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Text that has become certain: the channel it was said in and whom it is addressed to, where the format has such things."""
+
+    text: str = ""
+    channel: str | None = None
+    recipient: str | None = None
+
+
+class Reader(Protocol):
+    """Turns the tokens of one reply into its text, piece by piece."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come: there is no text after it."""
+
+    def add(self, token: int) -> Piece:
+        """Return what `token` makes certain."""
+
+    def finish(self, end: int | None) -> Piece:
+        """Return what was held back, as the reply is over: ended by the stop token `end`, or cut off where that is None."""
+
+
 class Detokenizer:
     """Decodes token by token in time independent of the text's length.
 
     Only the tokens since the last clean boundary are decoded again, together with those before it that the decoder needs to see.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """Decode with `decode`, which turns token ids into text."""
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
+        """Decode with `decode`, which turns token ids into text; `before` are tokens before, whose text is not returned."""
         self._decode = decode
-        self._context: list[int] = []
+        self._context: list[int] = [*before]
         self._open: list[int] = []
-        self._given = 0
+        self._given = len(decode(self._context)) if before else 0
         """Characters of the decoded context and open tokens that were returned already."""
 
     def add(self, token: int) -> str:
@@ -78,3 +106,24 @@ class StopFilter:
         """Return what was kept back, since nothing follows that could complete a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+class PlainReader:
+    """Reads a reply that is nothing but text."""
+
+    def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
+        """Decode with `decode`, and end before any of `stops`."""
+        self._detokenizer, self._filter = Detokenizer(decode), StopFilter(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._filter.stopped
+
+    def add(self, token: int) -> Piece:
+        """Return what `token` makes certain."""
+        return Piece(text=self._filter.add(self._detokenizer.add(token)))
+
+    def finish(self, end: int | None) -> Piece:
+        """Return what was held back. A stop token is no text, whatever it is."""
+        return Piece(text=self._filter.add(self._detokenizer.finish()) + self._filter.finish())

@@ -7,14 +7,14 @@ templates are written against.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
+from jinja2.nodes import Filter, For, Node, Template
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -22,6 +22,8 @@ from tokenizers import Tokenizer
 from oxfuse.runtime.errors import UserError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MOST_ROUNDS = 1_000_000
+"""Of all loops of a chat template together: a chat of thousands of messages takes some ten thousand."""
 
 
 class TextTokenizer:
@@ -49,7 +51,7 @@ class TextTokenizer:
         config = _json(by_name.get("tokenizer_config.json"))
         template: str | None = _named_template(config.get("chat_template"))
         if "chat_template.jinja" in by_name:
-            template = by_name["chat_template.jinja"].read_text("utf-8")
+            template = _text(by_name["chat_template.jinja"])
         elif "chat_template.json" in by_name:
             template = _named_template(_json(by_name["chat_template.json"]).get("chat_template"))
         listed = {**_json(by_name.get("special_tokens_map.json")), **config}
@@ -62,12 +64,27 @@ class TextTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
+    def template(self) -> str | None:
+        """The chat template's source."""
+        return self._template
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
         return self._template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`, with what the tokenizer puts around a text unless `add_special_tokens` is False."""
+        """Return the token ids of `text`, with what the tokenizer puts around a text unless `add_special_tokens` is False.
+
+        Raises UserError where `text` holds half of a surrogate pair, which bytes become that were read with the wrong encoding.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The text holds {text[error.start]!a} at index {error.start}, which is no character: it was not UTF-8 where it "
+                "came from. Give valid UTF-8."
+            ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -85,13 +102,17 @@ class TextTokenizer:
         Raises UserError where there is no template or it refuses the messages.
         """
         if self._template is None:
-            raise UserError("The checkpoint has no chat template: give a text, or token ids, instead of messages.")
+            raise UserError(
+                "The checkpoint has no chat template: give a text or token ids instead of messages, or compile with --tokenizer "
+                "and a folder that has a chat_template.jinja."
+            )
         values = {**self._special, "tools": None, "documents": None, **variables}
         try:
             template = _environment().from_string(self._template)
             return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
-            raise UserError(f"The chat template refuses the messages: {error}") from error
+        except Exception as error:  # the template is a program of the checkpoint's, so it may fail in any way
+            what = str(error) or type(error).__name__
+            raise UserError(f"The chat template refuses the messages: {what}") from error
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Return the token ids of a chat up to where the model answers. Raises as `render` does."""
@@ -108,8 +129,39 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, stricter in two ways, and good for one rendering.
+
+    An attribute that leads to Python is an error, where jinja2 lets it look as if it were not there. Loops end after MOST_ROUNDS
+    rounds in all: jinja2 bounds a single range, but neither loops in loops nor the list that they walk.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._rounds = 0
+        self.filters["_counted"] = self._counted
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(For):
+            loop.iter = Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno, environment=self)
+        return tree
+
+    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._rounds += 1
+            if self._rounds > MOST_ROUNDS:
+                raise jinja2.exceptions.SecurityError(f"its loops take more than {MOST_ROUNDS:,} rounds.")
+            yield value
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise jinja2.exceptions.SecurityError(
+            f"it reaches for {attribute!r} of {type(obj).__name__!r}, which is unsafe: take the template from a source you trust."
+        )
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _to_json  # jinja2's own escapes HTML
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment
@@ -129,12 +181,19 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Compile the checkpoint again.") from error
+
+
 def _json(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}. Compile the checkpoint again.") from error
     return data if isinstance(data, dict) else {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -83,7 +84,20 @@ def test_templates_by_place(files: list[Path], tmp_path: Path) -> None:
     [
         ("{{ raise_exception('Nobody may not speak.') }}", "Nobody may not speak"),
         ("{{ messages[7].role }}", "undefined|no element"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "'__class__' of 'str'.*unsafe"),
+        ("{{ ''.__class__ }}", "unsafe"),
+        ("{% if messages.__class__ %}{% endif %}", "unsafe"),
+        ("{{ messages | attr('__class__') }}", "unsafe"),
+        ("{{ raise_exception.__globals__ }}", "unsafe"),
+        ("{{ '{0.__class__.__init__.__globals__}'.format(messages) }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
+        ("{{ self._TemplateReference__context }}", "unsafe"),
+        ("{% for x in messages %}{% set _ = x.update(a=1) %}{% endfor %}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for x in range(1000000) %}{% endfor %}", "too big"),
+        ("{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}", "1,000,000 rounds"),
+        ("{{ 'a' * 100000000000000 }}", "MemoryError"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{% if %}", "Expected an expression"),
         ("{{ 1 // 0 }}", "division"),
@@ -107,6 +121,10 @@ def test_every_form_of_prompt(toy: ToyModel, files: list[Path]) -> None:
         (torch.tensor([1, 2]), [[1, 2]]),
         ([*torch.tensor([1, 2])], [[1, 2]]),
         (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (numpy.array([1, 2]), [[1, 2]]),
+        (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([numpy.array([1, 2]), [3]], [[1, 2], [3]]),
+        (range(1, 3), [[1, 2]]),
         ([[1], torch.tensor([3, 4]), "words", MESSAGES], [[1], [3, 4], encoded, chat]),
         (MESSAGES, [chat]),
         ([MESSAGES], [chat]),
@@ -131,11 +149,42 @@ DEFAULTS = {"max_new_tokens": 1, "stop": (), "stop_token_ids": None, "logprobs":
         ([1.5], "1.5"),
         ([[1, "a"]], "'a'"),
         (torch.zeros(3), "give integers"),
+        ([*torch.zeros(3)], "give integers"),
+        (torch.tensor(3), "give a text, token ids or messages"),
+        (None, "The prompt is None"),
+        (5, "The prompt is 5"),
+        (b"abc", "The prompt is b'abc'"),
+        ([b"abc"], r"bytes.*decode\(\)"),
+        ([True, False], "hold True"),
+        ({1, 2}, "give a text, token ids or messages"),
+        ([None], "None"),
+        (numpy.array([1.5]), "1.5"),
     ],
 )
 def test_prompts_that_are_refused(model: CompiledModel, prompts: object, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         model.generate(prompts)  # type: ignore[arg-type]
+
+
+def test_text_that_is_no_text(toy: ToyModel, files: list[Path]) -> None:
+    """Python keeps bytes that it cannot decode as lone surrogates, in arguments, file names and lax readers."""
+    model = CompiledModel(toy_engine(toy, max_context=500), vocab_size=300, tokenizer=TextTokenizer.open(files))
+    stray = b"caf\xe9".decode("utf-8", "surrogateescape")
+    for prompt in (stray, ["fine", stray], [{"role": "user", "content": stray}]):
+        with pytest.raises(UserError, match=r"'.udce9' at index \d+, which is no character.*UTF-8"):
+            model.generate(prompt)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="has no tokens"):
+        model.generate("")
+    with pytest.raises(UserError, match="tokens, max_context is 500"):
+        model.generate("a" * 501)
+    assert not toy.steps
+
+
+def test_a_template_that_is_no_text(files: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "chat_template.jinja"
+    broken.write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read"):
+        TextTokenizer.open([path for path in files if path.suffix == ".json"] + [broken])
 
 
 def test_a_stream_takes_one_prompt(model: CompiledModel) -> None:

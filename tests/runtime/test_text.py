@@ -24,7 +24,8 @@ def byte_level(vocabulary: int = 290) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    options = {"initial_alphabet": alphabet, "special_tokens": ["<s>", "</s>"], "show_progress": False}  # it goes to stdout
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, **options)
     tokenizer.train_from_iterator([SAMPLE * 3], trainer)
     return tokenizer
 
