@@ -112,9 +112,9 @@ class ArtifactWriter:
             return
         if not self._force:
             raise UserError(f"{output} exists and is not empty. Name another folder, or replace it with --force (force=True).")
-        if not (output / MANIFEST).is_file():
+        if not is_artifact(output):
             raise UserError(
-                f"{output} is not an oxfuse artifact (it has no {MANIFEST}), and --force replaces nothing else. "
+                f"{output} is not an oxfuse artifact (it has no {MANIFEST} of one), and --force replaces nothing else. "
                 "Name another folder, or remove this one yourself."
             )
 
@@ -178,6 +178,15 @@ class ArtifactWriter:
         finally:
             os.close(self._lock)
             self._lock = None
+
+
+def is_artifact(folder: Path) -> bool:
+    """Tell whether a folder is an artifact, be it of another version or damaged: many things have a file manifest.json."""
+    try:
+        manifest = (folder / MANIFEST).read_text("utf-8", "replace")
+    except OSError:
+        return False
+    return '"format_version"' in manifest and '"programs"' in manifest
 
 
 def acquire_lock(path: Path) -> int:

@@ -1,83 +1,144 @@
-"""The commands that need the compiler: compile and quickstart. Results go to stdout, progress to stderr."""
+"""The commands that need the compiler: compile, quickstart and doctor. Results go to stdout, progress to stderr."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import sys
+import os
+import signal
 import time
+from collections.abc import Iterator
+from importlib.resources import as_file, files
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
-from tqdm import tqdm
 
-from oxfuse.compiler.report import REPORT_MD
+from oxfuse.compiler.choices import DTYPE_NAMES, POLICIES, TARGETS
+from oxfuse.compiler.report import REPORT_JSON, REPORT_MD
+from oxfuse.errors import UserError
+from oxfuse.runtime.help_page import FOLDER, HelpPage, folders, one_of, option
+from oxfuse.runtime.manifest import read_manifest
+from oxfuse.runtime.progress import PhaseLine
+from oxfuse.runtime.units import count_text, size_text
 
-FOLDER = click.Path(path_type=Path)
 BUNDLED = "tiny-gpt-oss"
 PROMPT = "def read_file(path):"
-
-
-class _Bar:
-    """One line on stderr for the running phase, with a bar where the phase tells how far it is; nothing in a pipe."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._phase = ""
-
-    def __call__(self, phase: str, done: float | None) -> None:
-        if phase != self._phase:
-            self.close()
-            self._phase = phase
-            self._bar = tqdm(total=100, desc=phase, leave=False, disable=None, bar_format="{desc} [{elapsed}]")
-        if done is not None and self._bar is not None:
-            self._bar.bar_format = "{desc} {percentage:3.0f}% |{bar}| [{elapsed}]"
-            self._bar.update(round(100 * done) - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
 
 
 @click.command(
-    epilog="Example: oxfuse compile openai/gpt-oss-20b -o gpt-oss-20b-cpu",
+    cls=HelpPage,
+    examples=(
+        "oxfuse compile openai/gpt-oss-20b -o gpt-oss-20b-cpu",
+        "oxfuse compile openai/gpt-oss-20b@main -o short --max-context 8192 --max-batch 1",
+        "oxfuse compile ./checkpoint -o artifact --dtype float32 --force",
+        "oxfuse compile ./checkpoint -o portable --cpu-isa x86-64-v3      # runs on processors from 2013 on",
+        "oxfuse compile ./checkpoint -o artifact --dump-graphs graphs     # every pass as text and picture",
+    ),
 )
-@click.argument("source", metavar="SRC")
-@click.option("-o", "--output", required=True, type=FOLDER, help="The artifact's folder; it may exist when empty.")
-@click.option("--target", default="cpu", show_default=True, help="What to compile for.")
-@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16 or auto: the checkpoint's own.")
-@click.option("--task", help="By default the one that the checkpoint's architecture names.")
-@click.option("--max-context", type=int, help="Longest sequence in tokens; by default the model's.")
-@click.option("--max-batch", type=int, default=8, show_default=True, help="Most sequences in one step.")
-@click.option("--tokenizer", type=FOLDER, help="Take the tokenizer from this folder.")
-@click.option("--cpu-isa", default="native", show_default=True, help="native, x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).")
-@click.option("--experts", default="exact", show_default=True, help="How experts are computed.")
-@click.option("--activations", default="exact", show_default=True, help="How activations are computed.")
-@click.option("--dense", default="exact", show_default=True, help="How dense weights are stored.")
-@click.option("--dump-graphs", type=FOLDER, help="Write the graph after every pass into this folder, as text and SVG.")
-@click.option("--force", is_flag=True, help="Replace an artifact that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.argument("source", metavar="SRC", shell_complete=folders)
+@option("-o", "--output", required=True, type=FOLDER, section="Output", help="The artifact's folder; it may exist when empty.")
+@option("--force", is_flag=True, section="Output", help="Replace an artifact that is there.")
+@option(
+    "--dump-graphs", type=FOLDER, section="Output", help="Write the graph after every pass into this folder, as text and SVG."
+)
+@option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
+@option(
+    "--target", default="cpu", show_default=True, section="Program", shell_complete=one_of(*TARGETS), help="What to compile for."
+)
+@option(
+    "--cpu-isa",
+    default="native",
+    show_default=True,
+    section="Program",
+    shell_complete=one_of(*POLICIES["cpu_isa"]),
+    help="native, x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).",
+)
+@option("--max-context", type=int, metavar="N", section="Program", help="Longest sequence in tokens; by default the model's.")
+@option("--max-batch", type=int, metavar="N", default=8, show_default=True, section="Program", help="Most sequences in one step.")
+@option("--task", section="Model", help="By default the one that the checkpoint's architecture names.")
+@option("--tokenizer", type=FOLDER, section="Model", help="Take the tokenizer from this folder.")
+@option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    section="Numerics",
+    shell_complete=one_of(*DTYPE_NAMES),
+    help="float32, bfloat16 or auto: the checkpoint's own.",
+)
+@option(
+    "--experts",
+    default="exact",
+    show_default=True,
+    section="Numerics",
+    shell_complete=one_of(*POLICIES["experts"]),
+    help="How experts are computed; cpu has exact.",
+)
+@option(
+    "--activations",
+    default="exact",
+    show_default=True,
+    section="Numerics",
+    shell_complete=one_of(*POLICIES["activations"]),
+    help="How activations are computed; cpu has exact.",
+)
+@option(
+    "--dense",
+    default="exact",
+    show_default=True,
+    section="Numerics",
+    shell_complete=one_of(*POLICIES["dense"]),
+    help="How dense weights are stored; cpu has exact.",
+)
 def compile(source: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Compile the checkpoint SRC, a folder or a hub id, into an artifact."""
+    """Compile the checkpoint SRC into an artifact.
+
+    SRC is a folder, in Hugging Face's layout or OpenAI's original one, or a hub id such as openai/gpt-oss-20b, whose files are
+    fetched into the hub's cache. Nothing is left behind by a compile that fails or is interrupted.
+    """
     folder, seconds = _compile(source, output, options)
-    report = json.loads((folder / "report.json").read_text("utf-8"))
+    report = json.loads((folder / REPORT_JSON).read_text("utf-8"))
     if as_json:
         click.echo(json.dumps(report))
         return
-    click.echo(f"{folder}  ({_megabytes(sum(report['sizes'].values()))}, {seconds:.0f} s)")
+    click.echo(f"{folder}  ({size_text(sum(report['sizes'].values()))}, {seconds:.0f} s)")
+    made = [f"{done['count']} {done['name']}" for done in report["passes"] if done["count"]]
+    click.echo(f"Passes: {', '.join(made)}.")
     click.echo(_parity(report))
     click.echo(f"Report: {folder / REPORT_MD}")
+    if read_manifest(folder).tokenizer_files:
+        click.echo(f"Try: oxfuse generate {output} -p 'Once upon a time'")
 
 
 def _compile(source: str | Path, output: Path, options: dict[str, Any]) -> tuple[Path, float]:
-    from oxfuse.compiler.pipeline import compile as compile_checkpoint
+    began = time.perf_counter()
+    with PhaseLine() as line, _ended_by_signal():
+        line("load the compiler", None)
+        from oxfuse.compiler.pipeline import compile as compile_checkpoint
 
-    bar, began = _Bar(), time.perf_counter()
-    try:
-        folder = compile_checkpoint(source, output, progress=bar, **options)
-    finally:
-        bar.close()
+        folder = compile_checkpoint(source, output, progress=line, **options)
     return folder, time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as an interrupt does, so that it leaves nothing; a nohup stays one."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def _parity(report: dict[str, Any]) -> str:
@@ -86,38 +147,71 @@ def _parity(report: dict[str, Any]) -> str:
         return f"Not compared with the reference: {parity['reason']}"
     return (
         f"Against the float32 reference: RMS error {parity['rms']:.1e}, largest {parity['max']:.1e}, "
-        f"same best token in {parity['top1']:.0%} of {parity['rows']} rows"
+        f"same best token in {parity['top1']:.0%} of {parity['rows']} rows."
     )
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-@click.command()
-@click.option("-o", "--output", type=FOLDER, default=Path("tiny-gpt-oss-cpu"), show_default=True, help="Where the artifact goes.")
-@click.option("-n", "--max-new-tokens", default=60, show_default=True, help="Most tokens to generate.")
+@click.command(cls=HelpPage, examples=("oxfuse quickstart", "oxfuse quickstart -o /tmp/tiny -n 200"))
+@option("-o", "--output", type=FOLDER, default=Path("tiny-gpt-oss-cpu"), show_default=True, help="Where the artifact goes.")
+@option("-n", "--max-new-tokens", default=60, show_default=True, metavar="N", help="Most tokens to generate.")
 def quickstart(output: Path, max_new_tokens: int) -> None:
-    """Compile the bundled checkpoint, verify the artifact and generate text with it."""
-    from importlib.resources import as_file, files
+    """Compile the bundled model, verify the artifact and generate text with it.
 
+    The model is a small GPT-OSS that was trained on the Python library's source. Nothing is fetched. An artifact of an earlier
+    quickstart is replaced, and no other folder.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}: give a whole number >= 1.")
+    with as_file(files("oxfuse.artifacts") / BUNDLED) as checkpoint:
+        again = _is_from(checkpoint, output)
+        size = size_text(sum(path.stat().st_size for path in checkpoint.iterdir()))
+        click.echo(f"Compiling {BUNDLED}, a GPT-OSS of {size}, for this CPU: about a minute.")
+        folder, seconds = _compile(checkpoint, output, {"force": again})
+    click.echo(f"Compiled in {seconds:.0f} s. {_parity(json.loads((folder / REPORT_JSON).read_text('utf-8')))}")
     from oxfuse.runtime.model import load
     from oxfuse.runtime.verify import require_ok, verify_artifact
 
-    with as_file(files("oxfuse.artifacts") / BUNDLED) as checkpoint:
-        click.echo(
-            f"Compiling {BUNDLED}, a GPT-OSS of {_megabytes(sum(p.stat().st_size for p in checkpoint.iterdir()))}, for this CPU."
-        )
-        folder, seconds = _compile(checkpoint, output, {"force": True})
-    click.echo(f"Compiled in {seconds:.0f} s. {_parity(json.loads((folder / 'report.json').read_text('utf-8')))}.")
     require_ok(verify_artifact(folder))
     click.echo("Verified: every weight's hash, and the logits against the reference's.\n")
     model = load(folder)
     click.echo(PROMPT, nl=False)
-    began, count = time.perf_counter(), 0
+    times = []
     for chunk in model.stream(PROMPT, max_new_tokens=max_new_tokens):
         click.echo(chunk.text, nl=False)
-        sys.stdout.flush()
-        count += chunk.token_id is not None
-    click.echo(f"\n\n{count} tokens at {count / (time.perf_counter() - began):.0f} tokens/s.")
-    click.echo(f"The artifact is {folder}. Try: oxfuse generate {output} -p 'class Stack:'")
+        times.append(time.perf_counter())
+    rate = f" at {(len(times) - 1) / (times[-1] - times[0]):,.0f} tokens/s" if len(times) > 1 else ""
+    click.echo(f"\n\n{count_text(len(times), 'token')}{rate}.")
+    click.echo(f"The artifact is {folder}. Try:\n  oxfuse generate {output} -p 'class Stack:'\n  oxfuse inspect {output}")
+
+
+def _is_from(checkpoint: Path, output: Path) -> bool:
+    """Tell whether `output` holds an artifact of this checkpoint. Raises UserError where it holds anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    config = hashlib.sha256((checkpoint / "config.json").read_bytes()).hexdigest()
+    with contextlib.suppress(UserError):
+        if read_manifest(output).source.get("config_sha256") == config:
+            return True
+    raise UserError(f"{output} exists, and an earlier quickstart did not make it. Name another folder with -o.")
+
+
+@click.command(cls=HelpPage, examples=("oxfuse doctor", "oxfuse doctor --json | jq .can"))
+@option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Tell what this machine can compile and run, and why not.
+
+    Looks at Python, its packages, torch, the C++ compiler, processor, memory, disks, GPU and the hub's settings. Exit code 0:
+    this machine can compile and run; 2: it lacks something, and the line that says "missing" tells the remedy.
+    """
+    from oxfuse.compiler.doctor import examine, lines
+
+    with PhaseLine() as line:
+        line("examine this machine", None)
+        diagnosis = examine(os.environ, Path.cwd())
+    if as_json:
+        click.echo(diagnosis.to_json())
+    else:
+        for status, text in lines(diagnosis):
+            click.secho(text, fg=COLORS[status] if status != "ok" else None)
+    ctx.exit(0 if diagnosis.can("compile") and diagnosis.can("run") else 2)

@@ -7,21 +7,15 @@ from typing import get_args
 
 import torch
 
+from oxfuse.compiler.choices import DTYPE_NAMES, PLANNED_TARGETS, POLICIES, TARGETS
 from oxfuse.errors import UserError
 from oxfuse.runtime.manifest import TaskName
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES if name != "auto"}
 BLOCK_SIZE = 16
 """Tokens of one block of the KV cache: a sliding window of 128 is 8 blocks, and a short sequence wastes at most 15 slots."""
 MAX_STEP_TOKENS = 8192
 """Most tokens of one step: keeps index arithmetic in 32 bits on every target."""
-_POLICIES = {
-    "experts": ("exact", "int8", "int4"),
-    "activations": ("exact", "int8"),
-    "dense": ("exact", "int8"),
-    "cpu_isa": ("native", "x86-64-v3", "x86-64-v4"),
-    "provider": ("cpu", "cuda"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +34,11 @@ class CompileOptions:
     provider: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.target != "cpu":
-            known = self.target in ("onnx", "onnx-portable") or self.target.startswith("cuda:sm_")
+        if self.target not in TARGETS:
+            known = isinstance(self.target, str) and PLANNED_TARGETS.match(self.target)
             what = "is not built by this version of oxfuse" if known else "is not a target"
-            raise UserError(f"target {self.target!r} {what}; targets: cpu.")
-        if self.dtype not in (*DTYPES, "auto"):
+            raise UserError(f"target {self.target!r} {what}; targets: {', '.join(TARGETS)}.")
+        if self.dtype not in DTYPE_NAMES:
             raise UserError(f"dtype {self.dtype!r} is not supported; choose {', '.join(DTYPES)} or auto.")
         if self.dtype == "float16":
             raise UserError("dtype float16 is not supported by target cpu; choose bfloat16 or float32.")
@@ -54,7 +48,7 @@ class CompileOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise UserError(f"{name} is {value!r}; expected a whole number from {least} on.")
-        for name, choices in _POLICIES.items():
+        for name, choices in POLICIES.items():
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
         for name in ("experts", "activations", "dense"):

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from oxfuse.compiler.artifact import ArtifactWriter
 from oxfuse.compiler.describe import describe_artifact, report_of
@@ -32,7 +32,7 @@ from oxfuse.compiler.weight_file import entry_of, write_weights
 from oxfuse.errors import UserError
 from oxfuse.models.tensor_source import MemoryTensor
 from oxfuse.models.virtual import virtual_model
-from oxfuse.passes.dump import dump_graph, op_counts
+from oxfuse.passes.dump import GraphDumps, op_counts
 from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops
 from oxfuse.runtime.manifest import MANIFEST, Manifest, WeightFile
 
@@ -74,21 +74,33 @@ def compile(
         plan = make_plan(checkpoint, options, fingerprint, tokenizer)
     writer = ArtifactWriter(Path(output), force=force, checkpoint=checkpoint.folder, expected_bytes=plan.expected_bytes())
     with writer as folder:
+        dumps = _dumps(dump_graphs, Path(output), checkpoint.folder) if dump_graphs is not None else None
         with MemoryWatch() as watch:
-            manifest, calls, parity = _build(plan, folder, phases, Path(dump_graphs) if dump_graphs is not None else None)
+            manifest, calls, parity = _build(plan, folder, phases, dumps)
         write_report(folder, report_of(manifest, folder, calls, phases.seconds, parity, watch))
     return writer.output
 
 
-def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> tuple[Manifest, dict[str, int], Parity]:
+def _dumps(folder: str | Path, output: Path, checkpoint: Path | None) -> GraphDumps:
+    """Return the writer of dumps. Raises UserError where `folder` lies in checkpoint or artifact, or cannot be made."""
+    place = Path(folder).expanduser().resolve()
+    for other, what in ((output, "the artifact, which is written whole or not at all"), (checkpoint, "the checkpoint")):
+        if other is not None and place.is_relative_to(other.expanduser().resolve()):
+            raise UserError(f"The graphs cannot be written to {folder}: it lies in {what}. Name another folder.")
+    return GraphDumps(place)
+
+
+def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -> tuple[Manifest, dict[str, int], Parity]:
     """Fill the artifact's folder but for the report; return the manifest, how often the program calls each op, and its error."""
     programs = folder / PROGRAMS
     programs.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool:  # g++ works in a process of its own while this one exports
         building = pool.submit(build_ops, cpu_kernels(), plan.level, programs / "oxfuse_ops.so")
         with phases("export and fuse"):
-            fused = _fuse(plan, dump)
+            fused = _fuse(plan, dumps)
             program = export_step(fused.step, fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, limits=plan.step_limits)
+            if dumps is not None:
+                dumps("step", program.module(check_guards=False))
         with phases("build C++ ops"):
             ops = building.result()
             load_ops(ops)
@@ -117,18 +129,10 @@ def _build(plan: Plan, folder: Path, phases: Phases, dump: Path | None) -> tuple
     return manifest, calls, parity
 
 
-def _fuse(plan: Plan, dump: Path | None) -> Fused:
-    seen = 0
-
-    def observe(name: str, module: fx.GraphModule) -> None:
-        nonlocal seen
-        if dump is not None:
-            dump_graph(module, dump, f"{seen:02d}_{name}")
-        seen += 1
-
+def _fuse(plan: Plan, dumps: GraphDumps | None) -> Fused:
     model = virtual_model(plan.contract, plan.config, plan.task, plan.dtype)
     encodings = {name: source.encoding for name, source in plan.sources.items()}
-    return fuse(model, encodings, requested=plan.contract.fusions, observe=observe)
+    return fuse(model, encodings, requested=plan.contract.fusions, observe=dumps)
 
 
 def _write_weights(

@@ -15,7 +15,7 @@ from oxfuse.compiler.options import BLOCK_SIZE, DTYPES, MAX_STEP_TOKENS, Compile
 from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint, TensorSource, tokenizer_files
 from oxfuse.models.contract import ModelContract, lookup
-from oxfuse.passes.fusions.build import resolve_isa
+from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.runtime.manifest import Limits
 
 

@@ -6,27 +6,24 @@ requirements of the manifest are compared with the host before anything is loade
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import re
 import sys
-from pathlib import Path
-
-import torch
 
 from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.machine import cpu_features
 from oxfuse.runtime.manifest import Requirements
 
-CPUINFO = Path("/proc/cpuinfo")
 
-
-def cpu_features(cpuinfo: Path = CPUINFO) -> frozenset[str]:
-    """Return the first processor's flags as /proc/cpuinfo spells them (x86 `flags`, arm64 `Features`); empty where unknown."""
+def torch_version() -> str:
+    """Return the version of torch, "" without one: of the one that is imported, else from metadata, which opens no library."""
+    if (imported := sys.modules.get("torch")) is not None:
+        return str(imported.__version__)
     try:
-        text = cpuinfo.read_text("utf-8", "replace")
-    except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
@@ -38,8 +35,8 @@ def version_numbers(text: str) -> tuple[int, ...]:
 def misfits(need: Requirements) -> list[str]:
     """Return what of `need` the host does not have, each with what to do about it."""
     wrong = []
-    if (torch_here := version_numbers(torch.__version__)[:2]) != version_numbers(need.torch)[:2]:
-        here = ".".join(map(str, torch_here))
+    if (torch_here := version_numbers(torch_version())[:2]) != version_numbers(need.torch)[:2]:
+        here = ".".join(map(str, torch_here)) or "not installed"
         wrong.append(
             f"torch is {here}, the artifact was compiled for {need.torch}: install torch=={need.torch}.* or compile here"
         )

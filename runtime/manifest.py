@@ -13,13 +13,19 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.errors import UserError, shown
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TaskName = typing.Literal[
     "text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"
 ]
+
+
+def _require(where: str, least: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < least:
+            raise UserError(f"{where}.{name} is {value}, expected {least} or more: the manifest is damaged. Compile it again.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,16 @@ class CacheSpec:
     head_dim: tuple[int, ...]
     groups: tuple[CacheGroup, ...]
 
+    def __post_init__(self) -> None:
+        layers = sorted(layer for group in self.groups for layer in group.layers)
+        if not layers or layers != list(range(len(self.kv_heads))) or len(self.head_dim) != len(self.kv_heads):
+            raise UserError(
+                f"The cache has {len(self.kv_heads)} kv_heads and {len(self.head_dim)} head_dim, and groups of the layers "
+                f"{shown(layers)}, expected one each for every layer: the manifest is damaged. Compile the checkpoint again."
+            )
+        _require("cache", 1, block_size=self.block_size, kv_heads=min(self.kv_heads), head_dim=min(self.head_dim))
+        _require("cache", 0, window=min(group.window for group in self.groups))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -93,6 +109,9 @@ class Limits:
     max_context: int
     max_batch: int
     max_step_tokens: int
+
+    def __post_init__(self) -> None:
+        _require("limits", 1, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,13 +224,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     elif origin is dict:
         if isinstance(value, dict):
-            return {str(k): _convert(args[1], item, f"{where}.{k}") for k, item in value.items()}
+            return {str(k): _convert(args[1], item, f"{where}.{k:.100}") for k, item in value.items()}
     elif dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             hints = typing.get_type_hints(kind)
             missing, unknown = hints.keys() - value.keys(), value.keys() - hints.keys()
             if missing or unknown:
-                words = [f"lacks {sorted(missing)}"] * bool(missing) + [f"has unknown {sorted(unknown)}"] * bool(unknown)
+                words = [f"lacks {shown(sorted(missing), 300)}"] * bool(missing)
+                words += [f"has unknown {shown(sorted(unknown), 300)}"] * bool(unknown)
                 raise UserError(f"{where} {' and '.join(words)}: the manifest is damaged. Compile the checkpoint again.")
             return typing.cast(Any, kind)(
                 **{name: _convert(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}

@@ -73,21 +73,33 @@ def compare_golden(model: CompiledModel, path: Path, on_step: Callable[[], objec
 
 
 def verify_artifact(
-    path: str | Path, *, threads: int | None = None, progress: Callable[[int], object] | None = None
+    path: str | Path, *, threads: int | None = None, progress: Callable[[str, float | None], object] | None = None
 ) -> dict[str, Any]:
     """Check all hashes, run the golden tokens and return what was found, as plain JSON.
 
     Keys: `artifact`; `ok`; `weights` with `tensors`, `bytes` and the names in `damaged`; `golden`, the fields of GoldenError or
     None without a golden file or with damaged weights; `problems`, one line each; `torch` and `threads`. `progress` gets the
-    bytes hashed. Raises UserError where the artifact cannot be loaded at all.
+    name of a phase, with None when it begins and the part done (0 to 1) where that is known. Raises UserError where the artifact
+    cannot be loaded at all.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    report = progress or (lambda phase, done: None)
+    total, hashed = max(1, sum(file.bytes for file in manifest.weights)), 0
+
+    def on_hashed(count: int) -> None:
+        nonlocal hashed
+        hashed += count
+        report("hash weights", min(1.0, hashed / total))
+
+    report("check programs", None)
     check_files(folder, manifest)
-    wrong = [name for file in manifest.weights for name in damaged_weights(file, hash_weights(folder, file, progress))]
+    report("hash weights", None)
+    wrong = [name for file in manifest.weights for name in damaged_weights(file, hash_weights(folder, file, on_hashed))]
     problems = [f"the weight {name} has other values than were compiled: copy the artifact again" for name in wrong]
     golden = None
     if manifest.golden and not wrong:
+        report("compare logits", None)
         model = load(folder, threads=threads)
         golden = compare_golden(model, folder / manifest.golden)
         if not golden.fits(manifest.model.dtype):

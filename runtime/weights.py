@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.errors import UserError, shown
 from oxfuse.runtime.manifest import WeightFile
 
 DTYPES = {
@@ -131,15 +131,14 @@ def check_weight_file(folder: Path, spec: WeightFile) -> None:
     if (size := path.stat().st_size) != spec.bytes:
         raise damaged(path, f"has {size} bytes, the manifest says {spec.bytes}")
     if digest != spec.header_sha256:
-        raise damaged(path, f"has a header of sha256 {digest}, the manifest says {spec.header_sha256}")
+        raise damaged(path, f"has a header of sha256 {digest}, the manifest says {spec.header_sha256:.64}")
     if odd := sorted(extents.keys() ^ spec.tensors.keys()):
-        raise damaged(path, f"and the manifest disagree about tensor {odd[0]}, which only one of them has")
+        raise damaged(path, f"and the manifest disagree about tensor {shown(odd[0])}, which only one of them has")
     for name, tensor in spec.tensors.items():
         found = extents[name]
         if (found_dtype := str(found.dtype).removeprefix("torch.")) != tensor.dtype or found.shape != tensor.shape:
-            raise damaged(
-                path, f"has {name} as {found_dtype} {list(found.shape)}, the manifest says {tensor.dtype} {list(tensor.shape)}"
-            )
+            told = f"{tensor.dtype:.20} {shown(list(tensor.shape))}"
+            raise damaged(path, f"has {name} as {found_dtype} {list(found.shape)}, the manifest says {told}")
 
 
 def hash_weights(folder: Path, spec: WeightFile, progress: Callable[[int], object] | None = None) -> dict[str, str]:

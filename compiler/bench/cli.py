@@ -10,38 +10,40 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from oxfuse.errors import UserError
+from oxfuse.runtime.help_page import FILE, FOLDER, HelpPage, option
+from oxfuse.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
     from oxfuse.compiler.bench.speed import Plan, SpeedResult
     from oxfuse.compiler.phases import Progress
 
-PATH = click.Path(path_type=Path)
-EPILOG = """\b
-Examples:
-  oxfuse bench gpt-oss-20b-cpu                               an artifact alone
-  oxfuse bench gpt-oss-20b-cpu --peers --source gpt-oss-20b  and transformers on the same checkpoint
-  oxfuse bench --peers --plot speed.png                      layers of gpt-oss-20b's shape with random weights
-"""
 
-
-@click.command(epilog=EPILOG)
-@click.argument("folder", metavar="[DIR]", type=PATH, required=False)
-@click.option("--peers", is_flag=True, help="Measure transformers too, turn by turn in the same run.")
-@click.option("--source", type=PATH, help="The checkpoint that DIR was compiled from, for the peers.")
-@click.option("--layers", default=2, show_default=True, help="Without DIR: layers of the random model.")
-@click.option("--vocabulary", default=32000, show_default=True, help="Without DIR: tokens of the random model.")
-@click.option("--work", type=PATH, help="Without DIR: where checkpoint and artifact are made, and kept; else a temporary folder.")
-@click.option("--prompt", "prompts", multiple=True, type=int, default=(512,), show_default=True, help="Tokens of a prefill.")
-@click.option(
-    "--context", "contexts", multiple=True, type=int, default=(1000,), show_default=True, help="Tokens before decoding."
+@click.command(
+    cls=HelpPage,
+    examples=(
+        "oxfuse bench DIR",
+        "oxfuse bench DIR --prompt 128 --prompt 2048 --context 4000",
+        "oxfuse bench DIR --peers --source CHECKPOINT     # and transformers, turn by turn",
+        "oxfuse bench --peers --plot speed.png            # layers of gpt-oss-20b's shape with random weights",
+    ),
 )
-@click.option("--tokens", default=16, show_default=True, help="Tokens decoded a turn.")
-@click.option("--rounds", default=7, show_default=True, help="Turns; the median counts.")
-@click.option("--threads", type=int, help="Threads to compute with; by default all cores that this process may use.")
-@click.option("--wait", default=30.0, show_default=True, help="Seconds to wait for a quiet machine before a turn.")
-@click.option("--json", "json_path", type=PATH, metavar="FILE", help="Write all samples as JSON, or - for standard output.")
-@click.option("--markdown", type=PATH, metavar="FILE", help="Write the table as Markdown.")
-@click.option("--plot", type=PATH, metavar="FILE", help="Draw the result, as FILE.png.")
+@click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
+@option("--peers", is_flag=True, section="Model", help="Measure transformers too, turn by turn in the same run.")
+@option("--source", type=FOLDER, section="Model", help="The checkpoint that DIR was compiled from, for the peers.")
+@option("--layers", default=2, show_default=True, metavar="N", section="Model", help="Without DIR: layers of the random model.")
+@option("--vocabulary", default=32000, show_default=True, metavar="N", section="Model", help="Without DIR: its tokens.")
+@option("--work", type=FOLDER, section="Model", help="Without DIR: where it is made, and kept; else a temporary folder.")
+@option("--prompt", "prompts", multiple=True, type=int, metavar="N", section="Run", help="Tokens of a prefill, 512 by default.")
+@option("--context", "contexts", multiple=True, type=int, metavar="N", section="Run", help="Tokens before decoding, 1000.")
+@option("--tokens", default=16, show_default=True, metavar="N", section="Run", help="Tokens decoded a turn.")
+@option("--rounds", default=7, show_default=True, metavar="N", section="Run", help="Turns; the median counts.")
+@option("--threads", type=int, metavar="N", section="Run", help="Threads; by default as many as this process may use.")
+@option("--wait", default=60.0, show_default=True, metavar="S", section="Run", help="Longest wait for a quiet machine, in all.")
+@option(
+    "--json", "json_path", type=FILE, metavar="FILE", section="Output", help="Write all samples as JSON; - is standard output."
+)
+@option("--markdown", type=FILE, metavar="FILE", section="Output", help="Write the table as Markdown.")
+@option("--plot", type=FILE, metavar="FILE", section="Output", help="Draw the result, as FILE.png.")
 def bench(
     folder: Path | None,
     peers: bool,
@@ -55,12 +57,18 @@ def bench(
     plot: Path | None,
     **plan: Any,
 ) -> None:
-    """Measure prefill and decode of the artifact in DIR, or of a random model, beside the floor that the machine sets."""
+    """Measure prefill and decode of the artifact in DIR, or of a random model, beside the floor that the machine sets.
+
+    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench].
+    """
     from oxfuse.compiler.bench import speed
     from oxfuse.runtime.machine import processors
     from oxfuse.runtime.progress import PhaseLine
 
-    chosen = speed.Plan(threads=processors().threads if threads is None else threads, **plan)
+    given = {name: value for name, value in plan.items() if value != ()}
+    chosen = speed.Plan(threads=processors().threads if threads is None else threads, **given)
+    if folder is not None:
+        chosen = speed.fitted(chosen, read_manifest(folder).limits.max_context, keep=given)
     if folder is not None and peers and source is None:
         raise UserError("--peers needs the checkpoint: name it with --source, a folder.")
     if folder is None and source is not None:

@@ -60,11 +60,14 @@ def _fastest(probes: Sequence[Callable[[], object]], threads: int, rounds: int) 
 class ForeignLoad:
     """Cores that processes besides `processes` kept busy since this was made, or since the last `look`.
 
+    `patience`: seconds that all waits together may take.
+
     The kernel counts in ticks of 10 ms, so looks less than some tenths of a second apart say little. Where the kernel does not
     tell (no /proc), there is no foreign load to see, and `look` returns None.
     """
 
     processes: tuple[int, ...]
+    patience: float = 0.0
     _at: float = field(default=0.0, init=False)
     _busy: float = field(default=0.0, init=False)
     _own: float = field(default=0.0, init=False)
@@ -81,15 +84,16 @@ class ForeignLoad:
         self._at, self._busy, self._own = now, busy, own
         return max(0.0, others / elapsed)
 
-    def wait(self, below: float, seconds: float, interval: float = 0.5) -> float | None:
-        """Wait until others use less than `below` cores, for at most `seconds`; return what the last look saw."""
-        end = time.perf_counter() + seconds
+    def wait(self, below: float, interval: float = 0.5) -> None:
+        """Wait until others use less than `below` cores, or the patience is at its end."""
         self.look()
-        while True:
+        while self.patience > 0:
+            began = time.perf_counter()
             time.sleep(interval)
             seen = self.look()
-            if seen is None or seen < below or time.perf_counter() > end:
-                return seen
+            if seen is None or seen < below:
+                return
+            self.patience -= time.perf_counter() - began
 
 
 def _busy_seconds() -> float | None:

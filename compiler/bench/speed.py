@@ -14,8 +14,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,17 @@ TRIAL_TOKENS = 4  # decoded to find an engine's best implementation
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured: prefills of `prompts` tokens, and `tokens` decoded after each of `contexts`, in `rounds` turns."""
+    """What is measured: prefills of `prompts` tokens, and `tokens` decoded after each of `contexts`, in `rounds` turns.
+
+    `wait`: seconds in all that the run may wait for a quiet machine.
+    """
 
     prompts: tuple[int, ...] = (512,)
     contexts: tuple[int, ...] = (1000,)
     tokens: int = 16
     rounds: int = 7
     threads: int
-    wait: float = 30.0
+    wait: float = 60.0
 
     def __post_init__(self) -> None:
         counts = {"prompt": self.prompts, "context": self.contexts, "tokens": (self.tokens,), "rounds": (self.rounds,)}
@@ -58,6 +61,14 @@ class Plan:
     def longest(self) -> int:
         """Return the tokens of the longest sequence, disturbed turns taken again included."""
         return max(*self.prompts, *(context + ATTEMPTS * self.rounds * self.tokens for context in self.contexts))
+
+
+def fitted(plan: Plan, max_context: int, keep: Container[str]) -> Plan:
+    """Return the plan with shorter prompts and contexts where sequences end at `max_context`, but for the fields in `keep`."""
+    prompts = plan.prompts if "prompts" in keep else tuple(min(n, max_context) for n in plan.prompts)
+    room = max(1, max_context - ATTEMPTS * plan.rounds * plan.tokens)
+    contexts = plan.contexts if "contexts" in keep else tuple(min(n, room) for n in plan.contexts)
+    return replace(plan, prompts=prompts, contexts=contexts)
 
 
 @dataclass(kw_only=True)
@@ -218,7 +229,8 @@ def measure_speed(artifact: Path, plan: Plan, *, checkpoint: Path | None = None,
                 missing[engine] = str(error)
         figures: list[Figure] = []
         logits: dict[str, list[float]] = {}
-        for phase, size in [*(("prefill", n) for n in plan.prompts), *(("decode", n) for n in plan.contexts)]:
+        phases = [*(("prefill", n) for n in plan.prompts), *(("decode", n) for n in plan.contexts)]
+        for phase, size in phases:
             turns = []
             for worker in workers:
                 progress(f"{phase} {size}: trying {worker.engine}", None)
@@ -235,7 +247,9 @@ def measure_speed(artifact: Path, plan: Plan, *, checkpoint: Path | None = None,
                     worker.ask(do="context", tokens=size)
                 elif phase == "prefill":  # also warms up what the trial of others may have cooled
                     logits.setdefault(worker.engine, worker.ask(do="prefill", tokens=size)["logits"])
-            load = ForeignLoad(processes=(os.getpid(), *(worker.process.pid for worker in workers)))
+            load = ForeignLoad(
+                patience=plan.wait / len(phases), processes=(os.getpid(), *(worker.process.pid for worker in workers))
+            )
             for done in range(plan.rounds):
                 for worker, figure in turns if done % 2 == 0 else turns[::-1]:
                     progress(f"{phase} {size}", done / plan.rounds)
@@ -273,7 +287,7 @@ def _best_implementation(worker: Worker, phase: str, size: int) -> str:
 def _sample(worker: Worker, figure: Figure, plan: Plan, load: ForeignLoad) -> None:
     """Take one sample; one more for each that was disturbed, up to ATTEMPTS."""
     for _ in range(ATTEMPTS):
-        load.wait(DISTURBED, plan.wait)
+        load.wait(DISTURBED)
         if figure.phase == "prefill":
             value = worker.ask(do="prefill", tokens=figure.size)["seconds"] / figure.size
         else:

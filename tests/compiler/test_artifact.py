@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -29,14 +30,18 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
+def manifest(text: str) -> str:
+    return json.dumps({"format_version": 1, "programs": text})
+
+
 def fill(folder: Path, text: str) -> None:
     (folder / "programs").mkdir()
     (folder / "programs" / "step.so").write_text(text)
-    (folder / MANIFEST).write_text(text)
+    (folder / MANIFEST).write_text(manifest(text))
 
 
 def whole(text: str) -> dict[str, str]:
-    return {MANIFEST: text, "programs/step.so": text}
+    return {MANIFEST: manifest(text), "programs/step.so": text}
 
 
 def compile_to(output: Path, text: str, **options: bool) -> None:
@@ -259,7 +264,8 @@ def test_too_small_a_disk_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_disk_that_fills_up_is_a_user_error(tmp_path: Path) -> None:
-    words = r"at least 6 bytes are needed and [\d,]+ are free"
+    size = sum(map(len, whole("new").values()))
+    words = rf"at least {size} bytes are needed and [\d,]+ are free"
     with pytest.raises(UserError, match=words), ArtifactWriter(tmp_path / "out") as folder:
         fill(folder, "new")
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -19,7 +19,7 @@ from oxfuse.compiler.bench.chart import draw_speed
 from oxfuse.compiler.bench.cli import bench
 from oxfuse.compiler.bench.cost import cost_of
 from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
-from oxfuse.compiler.bench.speed import Figure, Plan, SpeedResult, measure_speed
+from oxfuse.compiler.bench.speed import Figure, Plan, SpeedResult, fitted, measure_speed
 from oxfuse.errors import UserError
 from oxfuse.runtime.manifest import read_manifest
 
@@ -132,6 +132,14 @@ def test_a_peer_that_cannot_run_is_named(compiled, tmp_path: Path) -> None:
     found = measure_speed(artifact, plan, checkpoint=tmp_path)
     assert "transformers" in found.missing and [f.engine for f in found.figures] == ["oxfuse"] * 2
     assert "transformers was not measured" in found.to_markdown()
+
+
+def test_defaults_fit_the_artifact() -> None:
+    plan = Plan(threads=1, tokens=8, rounds=5)
+    assert fitted(plan, 131072, keep=()) == plan
+    small = fitted(plan, 400, keep=())
+    assert small.prompts == (400,) and small.contexts == (400 - 3 * 8 * 5,) and small.longest == 400
+    assert fitted(plan, 400, keep=("prompts", "contexts")) == plan
 
 
 def test_wrong_requests_are_refused(compiled, tmp_path: Path) -> None:

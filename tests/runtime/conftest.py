@@ -1,15 +1,45 @@
-"""Every test that runs the toy model must leave the block pool as it found it."""
+"""An artifact made by hand, and a toy model: every test that runs it must leave the block pool as it found it."""
 
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 
 from oxfuse.runtime.model import CompiledModel
 
+from .tiny_artifact import VOCAB, digest, write_artifact
 from .toy import ToyModel, toy_model
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("artifact") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def worded(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact with a tokenizer that has a word for each token id, w0 to w4095, so that whatever it generates is text."""
+    folder = Path(shutil.copytree(artifact, tmp_path_factory.mktemp("worded") / "tiny"))
+    tokenizer = Tokenizer(WordLevel({f"_w{i}": i for i in range(VOCAB)}, unk_token="_w0"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace("_"), decoders.Metaspace("_")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer_files"]["tokenizer.json"] = digest(folder / "tokenizer.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
 
 
 @pytest.fixture

@@ -1,0 +1,17 @@
+"""What the options of a compile may be called: names alone, so that help, completion and `doctor` import no torch."""
+
+from __future__ import annotations
+
+import re
+
+TARGETS = ("cpu",)
+"""What this version compiles for and runs."""
+PLANNED_TARGETS = re.compile(r"cuda:sm_\d+|onnx|onnx-portable")
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+POLICIES = {
+    "experts": ("exact", "int8", "int4"),
+    "activations": ("exact", "int8"),
+    "dense": ("exact", "int8"),
+    "cpu_isa": ("native", "x86-64-v3", "x86-64-v4"),
+    "provider": ("cpu", "cuda"),
+}
