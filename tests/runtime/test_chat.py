@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import oxfuse
 import oxfuse.runtime.chat
 import oxfuse.runtime.model
 from oxfuse.runtime.chat import Chat
@@ -223,6 +224,29 @@ def test_what_is_wrong_in_a_pipe_ends_it(piped: Callable[..., Result]) -> None:
     with pytest.raises(UserError, match="fill the context"):
         piped("Hello" * 500)
     assert piped(b"\xef\xbb\xbfHello\r\n").stdout == "Good day, 世界!\n"
+
+
+@pytest.mark.slow
+def test_the_bundled_checkpoint_speaks_in_channels(tmp_path: Path) -> None:
+    """Compiled, and asked through the command line as a user would."""
+    checkpoint = Path(__file__).parents[2] / "artifacts" / "tiny-gpt-oss"
+    artifact = oxfuse.compile(checkpoint, tmp_path / "artifact")
+    messages = [{"role": "user", "content": "Write read_file(path)"}]
+    model = oxfuse.load(artifact)
+    (found,) = model.generate(messages, max_new_tokens=300)
+    assert found.channels and found.channels.keys() == {"analysis", "final"} and found.answer.startswith("def ")
+    assert found.finish_reason == "stop" and not found.notes
+    chunks = [*model.stream(messages, max_new_tokens=300)]
+    for channel, text in found.channels.items():
+        assert "".join(chunk.text for chunk in chunks if chunk.channel == channel) == text
+    (plain,) = model.generate("def read_file(path):", max_new_tokens=20)
+    assert plain.channels is None and plain.text == model.tokenizer.decode(plain.token_ids)
+    command = [sys.executable, "-m", "oxfuse", "chat", str(artifact), "--json", "-n", "300"]
+    said = "Write read_file(path)\nWrite close(self)\n"
+    done = subprocess.run(command, input=said, capture_output=True, text=True, check=True)
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first["channels"] == found.channels and first["token_ids"] == found.token_ids
+    assert second["reused_tokens"] >= first["prompt_tokens"] < second["prompt_tokens"]
 
 
 class Terminal:
