@@ -136,7 +136,7 @@ def test_full_check_and_verify_find_a_changed_weight(copy: Path) -> None:
         (lambda d: edit(d, lambda m: m["programs"][0]["constants"].pop("phase")), "constant phase"),
         (lambda d: edit(d, lambda m: m["programs"][0]["constants"].update(phase="gone")), "constant phase"),
         (lambda d: edit(d, lambda m: m["weights"][0]["tensors"]["phase"].update(shape=[2])), "phase as float32"),
-        (lambda d: edit(d, lambda m: m["weights"][0]["tensors"].pop("phase")), "about tensor phase"),
+        (lambda d: edit(d, lambda m: m["weights"][0]["tensors"].pop("phase")), "about tensor 'phase'"),
         (lambda d: edit(d, lambda m: m["cache"].update(dtype="float12")), "float12"),
     ],
 )
