@@ -41,7 +41,7 @@ def describe_artifact(
 ) -> Manifest:
     """Return the manifest of the artifact in `folder`, all files written. `constants` maps constants to stored names."""
     inputs, outputs, dims = step_signature(
-        fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, vocab_size=plan.config.vocab_size, limits=plan.step_limits
+        fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, width=fused.width, limits=plan.step_limits
     )
     dtype = _name(plan.dtype)
     program = ProgramSpec(
@@ -66,6 +66,9 @@ def describe_artifact(
             task=plan.task,
             dtype=dtype,
             vocab_size=plan.config.vocab_size,
+            pooling="rightmost" if plan.contract.tasks[plan.task].pooled else "none",
+            labels=_labels(plan),
+            problem_type=plan.config.problem_type,
             config=plan.config.to_dict(),
         ),
         generation=_generation(plan),
@@ -94,6 +97,11 @@ def describe_artifact(
         tokenizer_files={path.name: _sha256(folder / path.name) for path in plan.tokenizer_files},
         golden=GOLDEN,
     )
+
+
+def _labels(plan: Plan) -> tuple[str, ...]:
+    """Return the names of what a classifier tells apart."""
+    return tuple(plan.config.id2label.values()) if plan.task in ("text-classification", "token-classification") else ()
 
 
 def _generation(plan: Plan) -> GenerationSpec:

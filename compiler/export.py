@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 
+from oxfuse.models.reference import Reference
 from oxfuse.passes.insert_cache import STEP_INPUTS, PagedCache
-from oxfuse.runtime.manifest import DimRange, TensorSpec
+from oxfuse.runtime.manifest import DimRange, TensorSpec, cache_shapes
 
 CACHE_FREE_INPUTS = {"token_ids": "input_ids", "positions": "position_ids", "rows": "logits_to_keep"}
 """The step program's inputs by the names that the reference gives them."""
@@ -28,22 +29,38 @@ class StepLimits:
 
 
 @torch.no_grad()  # or the rotation hides in a submodule under wrap_with_set_grad_enabled
-def export_reference(model: nn.Module, max_tokens: int = 8192) -> fx.GraphModule:
-    """Return the pre-dispatch ATen graph of ids [1, T], positions [1, T], logits_to_keep [R] -> logits [1, R, V]."""
+def export_reference(model: Reference, max_tokens: int = 8192) -> fx.GraphModule:
+    """Return the pre-dispatch ATen graph of ids [1, T], positions [1, T], logits_to_keep [R] -> values [1, R, ...].
+
+    That is the model's `rows`; parameters keep their names.
+    """
     tokens, rows = Dim("T", min=1, max=max_tokens), Dim("R", min=1, max=max_tokens)
     ids = torch.zeros(1, 5, dtype=torch.long)
     inputs = {
         "input_ids": ids,
         "position_ids": ids.clone(),
         "logits_to_keep": torch.zeros(2, dtype=torch.long),
-        "use_cache": False,
-        "return_dict": False,
     }
-    dims = {name: {1: tokens} if name.endswith("ids") else {0: rows} if name == "logits_to_keep" else None for name in inputs}
-    program = export(model, (), inputs, dynamic_shapes=dims, strict=False)
+    dims = {"input_ids": {1: tokens}, "position_ids": {1: tokens}, "logits_to_keep": {0: rows}}
+    program = export(_Rows(model), (), inputs, dynamic_shapes=dims, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+class _Rows(nn.Module):
+    """A model with `rows` for its forward. It shares the model's members, so that every parameter keeps its name."""
+
+    def __init__(self, model: Reference) -> None:
+        super().__init__()
+        self.__dict__ |= {"_reference": model, "training": model.training}
+        for members in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[members] = model.__dict__[members]
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
+        """Return [1, R, ...]."""
+        model: Reference = self.__dict__["_reference"]
+        return model.rows(input_ids, position_ids, logits_to_keep).values
 
 
 @torch.no_grad()
@@ -62,8 +79,8 @@ def export_step(
         shapes.append({i: dims[s] for i, s in enumerate(symbols) if s != "G"})
     blocks = [Dim(f"B{group}", min=1, max=1 << 24) for group in range(groups)]
     for layer in cache.layers:
-        for _ in "kv":
-            args.append(torch.zeros(7 + layer.group, block_size, layer.kv_heads, layer.head_dim, dtype=dtype))
+        for shape in cache_shapes(layer.kv_heads, layer.head_dim, block_size):
+            args.append(torch.zeros(7 + layer.group, *shape, dtype=dtype))
             shapes.append({0: blocks[layer.group]})
     return export(step, tuple(args), dynamic_shapes=tuple(shapes), strict=False)
 
@@ -80,18 +97,18 @@ _SHAPES = {
 
 
 def step_signature(
-    cache: PagedCache, *, block_size: int, dtype: torch.dtype, vocab_size: int, limits: StepLimits
+    cache: PagedCache, *, block_size: int, dtype: torch.dtype, width: int, limits: StepLimits
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, DimRange]]:
-    """Return inputs, outputs and dims of the step program as the manifest states them."""
+    """Return inputs, outputs and dims of the step program as the manifest states them; `width` values come for a token."""
     groups, name = len(cache.windows), str(dtype).removeprefix("torch.")
     inputs = [
         TensorSpec(name=n, dtype="int64", shape=tuple(groups if s == "G" else "N+1" if s == "N1" else s for s in _SHAPES[n]))
         for n in STEP_INPUTS
     ]
     inputs += [
-        TensorSpec(name=f"{kv}_cache_{i}", dtype=name, shape=(f"B{layer.group}", block_size, layer.kv_heads, layer.head_dim))
+        TensorSpec(name=f"{kv}_cache_{i}", dtype=name, shape=(f"B{layer.group}", *shape))
         for i, layer in enumerate(cache.layers)
-        for kv in "kv"
+        for kv, shape in zip("kv", cache_shapes(layer.kv_heads, layer.head_dim, block_size), strict=True)
     ]
     dims = {
         "T": DimRange(min=1, max=limits.tokens),
@@ -100,4 +117,4 @@ def step_signature(
         "R": DimRange(min=1, max=limits.tokens),
         **{f"B{group}": DimRange(min=1, max=1 << 24) for group in range(groups)},
     }
-    return tuple(inputs), (TensorSpec(name="logits", dtype=name, shape=("R", vocab_size)),), dims
+    return tuple(inputs), (TensorSpec(name="logits", dtype=name, shape=("R", width)),), dims

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from oxfuse.compiler.export import CACHE_FREE_INPUTS, export_reference
 from oxfuse.compiler.options import BLOCK_SIZE
+from oxfuse.models.reference import Reference
 from oxfuse.passes.insert_cache import PagedCache, insert_paged_cache
 from oxfuse.passes.manager import Observer, PassResult, Policy, run_passes
 from oxfuse.passes.weights import Encoding, WeightTable, table_of
@@ -21,11 +22,12 @@ from oxfuse.runtime.manifest import CacheGroup, CacheSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A step module with the table of its weights, its cache, and what the passes did."""
+    """A step module with the table of its weights, its cache, and what the passes did. It gives `width` values for a token."""
 
     step: fx.GraphModule
     weights: WeightTable
     cache: PagedCache
+    width: int
     passes: tuple[PassResult, ...]
 
     def stored_name(self, name: str) -> str:
@@ -35,13 +37,13 @@ class Fused:
 
 
 def fuse(
-    model: nn.Module,
+    model: Reference,
     encodings: Mapping[str, Encoding],
     *,
     requested: tuple[str, ...],
     policy: Policy = "strict",
     observe: Observer | None = None,
-    export: Callable[[nn.Module], fx.GraphModule] = export_reference,
+    export: Callable[[Reference], fx.GraphModule] = export_reference,
 ) -> Fused:
     """Export `model`, run the passes, insert the paged cache.
 
@@ -51,11 +53,13 @@ def fuse(
     module = export(model)
     weights = tied_table(model, encodings)
     results = run_passes(module, weights, requested=requested, policy=policy, observe=observe)
+    (values,) = module.graph.output_node().all_input_nodes
+    width = int(values.meta["val"].shape[-1])
     step, cache = insert_paged_cache(module, CACHE_FREE_INPUTS)
     results.append(PassResult(name="insert_cache", count=len(cache.layers)))
     if observe is not None:
         observe("insert_cache", step)
-    return Fused(step=step, weights=weights, cache=cache, passes=tuple(results))
+    return Fused(step=step, weights=weights, cache=cache, width=width, passes=tuple(results))
 
 
 def tied_table(model: nn.Module, encodings: Mapping[str, Encoding]) -> WeightTable:

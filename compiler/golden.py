@@ -50,8 +50,8 @@ def write_golden(
     wanted: dict[str, Any] = {"output_router_logits": True} if top_k is not None else {}
     with torch.inference_mode():
         answer = stream_oracle(contract, config, task, sources, token_ids[None], positions[None], rows=rows, **wanted)
-    golden = {"token_ids": token_ids, "positions": positions, "rows": rows, "logits": _rows_of(answer, rows)}
-    if top_k is not None:
+    golden = {"token_ids": token_ids, "positions": positions, "rows": rows, "logits": answer.values[0].float()}
+    if top_k is not None and answer.router_logits is not None:
         # Top-k on the logits in float32, as the model chooses.
         chosen = [logits.reshape(length, -1).float().topk(top_k, dim=-1).indices for logits in answer.router_logits]
         golden["router_indices"] = torch.stack(chosen)
@@ -69,11 +69,3 @@ def write_golden(
 def spread_rows(length: int, count: int = ROWS) -> Tensor:
     """Return up to `count` indices spread evenly over range(length), the first and the last among them; int64, ascending."""
     return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).round().long()
-
-
-def _rows_of(answer: Any, rows: Tensor) -> Tensor:
-    """Return the answer for `rows` in float32 [R, ...]: logits, or the last hidden state of a model without a head."""
-    logits = getattr(answer, "logits", None)
-    found: Tensor = answer.last_hidden_state if logits is None else logits
-    found = found[0].float()
-    return found if len(found) == len(rows) else found[rows]

@@ -121,7 +121,10 @@ def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -
             max_context=plan.limits.max_context,
         )
     for path in plan.tokenizer_files:
-        shutil.copyfile(path, folder / path.name)
+        if path.name == "tokenizer.json" and plan.tokenizer_json is not None:
+            (folder / path.name).write_text(plan.tokenizer_json, "utf-8")
+        else:
+            shutil.copyfile(path, folder / path.name)
     manifest = describe_artifact(plan, fused, lowered, ops, weights, constants, folder)
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     with phases("measure artifact"):

@@ -21,7 +21,11 @@ from oxfuse.runtime.manifest import Limits
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One compile. `level` is the x86-64 level of the code, `features` the CPU flags it needs."""
+    """One compile. `level` is the x86-64 level of the code, `features` the CPU flags it needs.
+
+    `tokenizer_json` is the text of the artifact's tokenizer.json where the model's contract builds it; then the path of that name
+    among `tokenizer_files` need not exist.
+    """
 
     options: CompileOptions
     checkpoint: Checkpoint
@@ -33,6 +37,7 @@ class Plan:
     limits: Limits
     sources: Mapping[str, TensorSource]
     tokenizer_files: tuple[Path, ...]
+    tokenizer_json: str | None
     level: str
     features: tuple[str, ...]
 
@@ -59,14 +64,16 @@ def make_plan(
     contract = lookup(checkpoint.config["model_type"])
     config = contract.parse_config(dict(checkpoint.config))
     task = options.task or contract.task_of(checkpoint.config)
-    if task != "text-generation":
-        raise UserError(f"target cpu compiles text-generation in this version of oxfuse, not {task}.")
-    own = config.max_position_embeddings
-    if options.max_context is not None and options.max_context > own:
-        raise UserError(f"max_context is {options.max_context}, but the model reaches {own} tokens. Choose that or less.")
-    sources = contract.tensor_sources(checkpoint, config, task)
+    longest = config.longest_context
+    if options.max_context is not None and options.max_context > longest:
+        raise UserError(f"max_context is {options.max_context}, but the model reaches {longest} tokens. Choose that or less.")
+    max_context = options.max_context or config.max_position_embeddings
+    config = config.for_context(max_context)
+    sources = contract.sources(checkpoint, config, task)
     level, features = resolve_isa(options.cpu_isa)
-    files = checkpoint.tokenizer_files if tokenizer is None else tokenizer_files(Path(tokenizer))
+    found = checkpoint.tokenizer_files if tokenizer is None else tokenizer_files(Path(tokenizer))
+    tokenizer_json = contract.build_tokenizer(found)
+    files = _artifact_files(found, tokenizer_json)
     if tokenizer is not None and not any(path.name == "tokenizer.json" for path in files):
         raise UserError(f"{tokenizer} holds no tokenizer.json. Name a folder that does, or leave the option away.")
     return Plan(
@@ -78,15 +85,24 @@ def make_plan(
         task=task,
         dtype=_dtype(options.dtype, contract, checkpoint),
         limits=Limits(
-            max_context=options.max_context or own,
+            max_context=max_context,
             max_batch=options.max_batch,
             max_step_tokens=max(MAX_STEP_TOKENS, options.max_batch),
         ),
         sources=sources,
-        tokenizer_files=tuple(files),
+        tokenizer_files=files,
+        tokenizer_json=tokenizer_json,
         level=level,
         features=features,
     )
+
+
+def _artifact_files(found: tuple[Path, ...], tokenizer_json: str | None) -> tuple[Path, ...]:
+    """Return the artifact's tokenizer files: a tokenizer.json that was built joins them, what it is built from does not."""
+    kept = [path for path in found if path.name not in ("vocab.json", "merges.txt")]
+    if tokenizer_json is not None and not any(path.name == "tokenizer.json" for path in kept):
+        kept.insert(0, found[0].parent / "tokenizer.json")
+    return tuple(kept)
 
 
 def _dtype(asked: str, contract: ModelContract, checkpoint: Checkpoint) -> torch.dtype:

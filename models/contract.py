@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,10 +21,11 @@ from oxfuse.errors import UserError, shown
 
 if TYPE_CHECKING:
     from oxfuse.models.checkpoint import Checkpoint, TensorSource
+    from oxfuse.models.reference import Reference
 
 SOURCE_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
 )  # fmt: skip
 """Patterns match whole paths, so subfolders with further copies of the weights (original/, metal/) stay out."""
 
@@ -61,40 +63,57 @@ class ModelContract:
 
     parse_config: `config.json` -> the configuration; UserError on impossible values.
     tasks: task name -> reference class, built from the configuration.
-    architectures: an entry of `config.json`'s `architectures` -> task name.
-    tensor_sources: (checkpoint, configuration, task) -> the source of each parameter of the reference, by the parameter's name;
-    one UserError that lists every missing, unexpected or misshapen tensor.
+    tensor_sources: (checkpoint, configuration, reference on the meta device, attributes of a head that may be absent) -> the
+    source of each parameter of the reference, by the parameter's name; one UserError that lists every missing, unexpected or
+    misshapen tensor.
+    architectures: an entry of `config.json`'s `architectures` -> task name, besides the names of the reference classes.
+    flavours: the name of a released model -> its `config.json`, for shapes without weights.
     fusions: names of the compiler's fusions that the graph of every such model must contain.
     recognises: tells a `config.json` without `model_type`.
     refused_dtypes: dtype -> why the model cannot run in it.
     source_files: glob patterns of what a download needs.
+    build_tokenizer: the checkpoint's tokenizer files -> the text of the tokenizer.json that they amount to, for models whose
+    tokenizer is spread over several files; None where a tokenizer.json among them counts as it stands, or there is none.
     """
 
     model_type: str
     parse_config: Callable[[dict[str, Any]], Any]
-    tasks: Mapping[str, Callable[[Any], nn.Module]]
-    architectures: Mapping[str, str]
-    tensor_sources: Callable[[Checkpoint, Any, str], dict[str, TensorSource]]
+    tasks: Mapping[str, type[Reference]]
+    tensor_sources: Callable[[Checkpoint, Any, nn.Module, Collection[str]], dict[str, TensorSource]]
+    architectures: Mapping[str, str] = field(default_factory=dict)
+    flavours: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fusions: tuple[str, ...] = ()
     default_task: str = "text-generation"
     recognises: Callable[[Mapping[str, Any]], bool] = lambda config: False
     refused_dtypes: Mapping[torch.dtype, str] = field(default_factory=dict)
     source_files: tuple[str, ...] = SOURCE_FILES
+    build_tokenizer: Callable[[Sequence[Path]], str | None] = lambda files: None
 
     def task_of(self, config: Mapping[str, Any]) -> str:
         """Return the task that `config.json`'s `architectures` names, or the default. Raises UserError if it names another."""
         names = config.get("architectures") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"config.json: architectures is {shown(names)}; it must be a list of names. Correct config.json.")
+        known = {**{model.__name__: task for task, model in self.tasks.items()}, **self.architectures}
         for name in names:
-            if name in self.architectures:
-                return self.architectures[name]
+            if name in known:
+                return known[name]
         if names:
             raise UserError(
-                f"config.json names the architecture {', '.join(names):.200}; oxfuse has {', '.join(self.architectures)} "
+                f"config.json names the architecture {', '.join(names):.200}; oxfuse has {', '.join(known)} "
                 f"for {self.model_type}. Name the task you want, or use another checkpoint."
             )
         return self.default_task
+
+    def sources(self, checkpoint: Checkpoint, config: Any, task: str, new_head: Collection[str] = ()) -> dict[str, TensorSource]:
+        """Return the source of each parameter of the task's reference. Raises UserError if the task is none of the model's, or
+        the checkpoint does not fit.
+        """
+        if task not in self.tasks:
+            raise UserError(f"{self.model_type} has no task {shown(task)}; it has {', '.join(self.tasks)}. Choose one of these.")
+        with torch.device("meta"):
+            model = self.tasks[task](config)
+        return self.tensor_sources(checkpoint, config, model, new_head)
 
 
 _registered: dict[str, ModelContract] = {}
@@ -113,6 +132,15 @@ def contracts() -> dict[str, ModelContract]:
             contract: ModelContract = importlib.import_module(f"{oxfuse.models.__name__}.{info.name}").CONTRACT
             shipped[contract.model_type] = contract
     return {**shipped, **_registered}
+
+
+def flavour(name: str) -> dict[str, Any]:
+    """Return the `config.json` of a released model, such as "pythia-410m". Raises UserError, naming the known ones."""
+    known = {name: (kind, values) for kind, contract in contracts().items() for name, values in contract.flavours.items()}
+    if name not in known:
+        raise UserError(f"There is no model called {shown(name)} here; oxfuse has the shapes of {', '.join(known)}.")
+    kind, values = known[name]
+    return {"model_type": kind, **values}
 
 
 def lookup(model_type: str) -> ModelContract:

@@ -32,6 +32,51 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
     return F.cross_entropy(wide, target, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
 
 
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+    """Return the loss of a classifier of sequences, a scalar, for logits [B, labels].
+
+    `problem_type` None: "regression" if there is one label, else "single_label_classification" if the labels are whole numbers
+    [B], else "multi_label_classification" (float [B, labels]). Mean squared error, cross entropy, binary cross entropy. Raises
+    UserError where shapes do not fit.
+    """
+    count = logits.shape[-1]
+    if problem_type is None:
+        whole = labels.dtype in (torch.long, torch.int)
+        problem_type = "regression" if count == 1 else f"{'single' if whole else 'multi'}_label_classification"
+    if problem_type == "single_label_classification":
+        if labels.numel() != logits.shape[0]:
+            raise UserError(f"There are {logits.shape[0]} sequences and labels {list(labels.shape)}: give one label each.")
+        return F.cross_entropy(logits.view(-1, count), labels.view(-1))
+    values = logits.squeeze() if problem_type == "regression" and count == 1 else logits
+    wanted = labels.squeeze() if problem_type == "regression" and count == 1 else labels
+    if values.shape != wanted.shape:
+        raise UserError(
+            f"The labels are {list(labels.shape)}, the logits {list(logits.shape)}: give labels of that shape for {problem_type}."
+        )
+    return F.mse_loss(values, wanted) if problem_type == "regression" else F.binary_cross_entropy_with_logits(values, wanted)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of logits [B, S, labels] and labels int64 [B, S], a scalar in float32; -100 counts for nothing."""
+    if logits.shape[:-1] != labels.shape:
+        raise UserError(
+            f"The logits cover {tuple(logits.shape[:-1])} tokens, the labels {tuple(labels.shape)}. Give one a token."
+        )
+    return F.cross_entropy(widened(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+    """Return the mean of two cross entropies over the tokens of logits [B, S], for positions int64 [B] or [B, 1].
+
+    Positions of S and more do not count, negative ones stand for 0. NaN if nothing counts.
+    """
+    losses = []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        place = (positions.squeeze(-1) if positions.dim() > 1 else positions).clamp(0, logits.shape[1])
+        losses.append(F.cross_entropy(logits, place, ignore_index=logits.shape[1]))
+    return (losses[0] + losses[1]) / 2
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
     """Return the loss of an uneven use of experts, a scalar: E * sum over experts of f_e * p_e.
 

@@ -38,22 +38,39 @@ class ModelOutput:
 
 
 @dataclass(kw_only=True)
-class MoeModelOutput(ModelOutput):
-    """Of a bare mixture-of-experts model: last_hidden_state [B, S, H]; hidden_states L + 1 of the same, the last one that itself.
+class BodyOutput(ModelOutput):
+    """Of a bare model: last_hidden_state [B, S, H]; hidden_states L + 1 of the same, the last one that itself.
 
-    attentions: L of [B, NH, S, keys]; router_logits: L of [B * S, E], before any softmax.
+    attentions: L of [B, NH, S, keys].
     """
 
     last_hidden_state: Tensor
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class MoeModelOutput(BodyOutput):
+    """Of a bare mixture-of-experts model; router_logits: L of [B * S, E], before any softmax."""
+
     router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass(kw_only=True)
+class CausalLMOutput(ModelOutput):
+    """Of a language model: logits [B, S, V]; the loss is a scalar; the rest as BodyOutput."""
+
+    loss: Tensor | None = None
+    logits: Tensor
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(kw_only=True)
 class MoeCausalLMOutput(ModelOutput):
-    """Of a mixture-of-experts language model: logits [B, S, V]; loss and aux_loss are scalars; the rest as MoeModelOutput."""
+    """Of a mixture-of-experts language model: as CausalLMOutput, with aux_loss, a scalar, and router_logits."""
 
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -62,3 +79,35 @@ class MoeCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class SequenceClassifierOutput(ModelOutput):
+    """Of a classifier of sequences: logits [B, labels]; the rest as CausalLMOutput."""
+
+    loss: Tensor | None = None
+    logits: Tensor
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class TokenClassifierOutput(ModelOutput):
+    """Of a classifier of tokens: logits [B, S, labels]; the rest as CausalLMOutput, but for the cache."""
+
+    loss: Tensor | None = None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class QuestionAnsweringOutput(ModelOutput):
+    """Of a finder of spans: start_logits and end_logits [B, S]; the rest as CausalLMOutput, but for the cache."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

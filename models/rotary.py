@@ -35,11 +35,14 @@ def yarn_range(rope: Mapping[str, Any], dim: int) -> tuple[float, float]:
 def inverse_frequencies(rope: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
     """Return the angle per position of each of dim / 2 pairs, float32 [dim / 2], and what cos and sin are multiplied by.
 
-    `rope["rope_type"]` is "default", "linear" or "yarn". The operations come in transformers 5.23's order, so the table is
-    the same to the last bit.
+    `rope` is what `rope_parameters.resolve` returned. An odd `dim` has (dim + 1) / 2 pairs. The operations come in transformers
+    5.23's order, so the table is the same to the last bit.
     """
-    period = rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
-    kind = rope["rope_type"]
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    if kind == "dynamic":  # NTK-aware: a longer context slows the slow pairs down by a larger base
+        longer = rope["factor"] * rope["context"] / rope["original_max_position_embeddings"] - (rope["factor"] - 1)
+        kind, theta = "default", theta * longer ** (dim / (dim - 2))
+    period = theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
     if kind == "default":
         return 1.0 / period, 1.0
     if kind == "linear":
@@ -75,10 +78,13 @@ class RotaryEmbedding(ComputedBuffers):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [B, heads, S, D] with pairs (d, d + D / 2) turned by the angles of cos and sin [B, S, D / 2].
+    """Return x [B, heads, S, D] with pairs (d, d + R / 2), d < R / 2, turned by the angles of cos and sin [B, S, R / 2], R <= D.
 
-    The product is taken in promote(dtype, float32) and rounded once.
+    The product is taken in promote(dtype, float32) and rounded once; what lies beyond R passes through.
     """
-    first, second = widened(x).chunk(2, -1)
+    rotated = 2 * cos.shape[-1]
+    part, rest = (x, None) if rotated == x.shape[-1] else (x[..., :rotated], x[..., rotated:])
+    first, second = widened(part).chunk(2, -1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return turned if rest is None else torch.cat([turned, rest], -1)

@@ -1,13 +1,12 @@
 """Runs a reference model that does not fit into memory: the oracle of every compiled artifact.
 
-In: a contract, a configuration, the sources of its parameters, token ids. Out: what the reference returns. A module's own
-parameters exist only while it runs; experts run one by one on the tokens that chose them; large matrices come a slice of rows at
-a time. So the peak is the activations and one expert, or one slice.
+In: a contract, a configuration, the sources of its parameters, token ids. Out: what the reference says about some rows. A
+module's own parameters exist only while it runs; experts run one by one on the tokens that chose them; large matrices come a
+slice of rows at a time. So the peak is the activations and one expert, or one slice.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oxfuse.models.contract import ComputedBuffers, Experts, ModelContract
+from oxfuse.models.reference import RowsOutput
 from oxfuse.models.tensor_source import TensorSource
 from oxfuse.models.virtual import meta_model
 
@@ -38,16 +38,14 @@ def stream_oracle(
     position_ids: Tensor,
     dtype: torch.dtype = torch.float32,
     rows: Tensor | None = None,
-    **forward_kwargs: Any,
-) -> Any:
-    """Return the reference's output for input_ids and position_ids, int64 [1, T], computed on the CPU in `dtype`.
+    **wanted: Any,
+) -> RowsOutput:
+    """Return what the reference says about the tokens `rows`, int64 [R] (default: all), of one sequence, computed on the CPU.
 
-    `sources` is what the contract's `tensor_sources` returned. `rows`, int64 [R], becomes `logits_to_keep` where the task's model
-    has that. Other arguments go to the model's forward as they are; no cache is kept.
+    input_ids and position_ids int64 [1, T]. `sources` is what the contract's `sources` returned. `wanted` goes to the model's
+    `rows`.
     """
     model = meta_model(contract, config, task, dtype)
-    if rows is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        forward_kwargs["logits_to_keep"] = rows
     names = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
         own = {leaf: sources[names[parameter]] for leaf, parameter in module.named_parameters(recurse=False)}
@@ -56,7 +54,8 @@ def stream_oracle(
             module.forward = partial(_runner(module), module, read, module.forward)
         if isinstance(module, ComputedBuffers):
             module.compute_buffers(torch.device("cpu"))
-    return model(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, **forward_kwargs)
+    rows = torch.arange(input_ids.shape[1]) if rows is None else rows
+    return model.rows(input_ids, position_ids, rows, **wanted)
 
 
 def _read(own: Mapping[str, TensorSource], dtype: torch.dtype, leaf: str, rows: slice | None) -> Tensor:

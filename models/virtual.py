@@ -8,25 +8,28 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from oxfuse.models.contract import ComputedBuffers, ModelContract
+from oxfuse.models.reference import Reference
+
+M = TypeVar("M", bound=nn.Module)
 
 _NORESERVE = 0x4000
 """MAP_NORESERVE of Linux, which Python names from 3.13 on: a tensor larger than the machine's memory is not refused."""
 
 
-def meta_model(contract: ModelContract, config: Any, task: str, dtype: torch.dtype) -> nn.Module:
+def meta_model(contract: ModelContract, config: Any, task: str, dtype: torch.dtype) -> Reference:
     """Return the task's reference in eval mode on the meta device, floating parameters in `dtype`, without gradients."""
     with torch.device("meta"):
         model = contract.tasks[task](config)
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def virtual_model(contract: ModelContract, config: Any, task: str, dtype: torch.dtype) -> nn.Module:
+def virtual_model(contract: ModelContract, config: Any, task: str, dtype: torch.dtype) -> Reference:
     """Return the task's reference on the CPU, parameters in `dtype`, in eval mode and without gradients.
 
     Parameters are address space: their values are undefined and reading them makes zeros. Tied ones stay tied. Buffers that the
@@ -37,7 +40,7 @@ def virtual_model(contract: ModelContract, config: Any, task: str, dtype: torch.
     return fill(model, lambda name: _address_space(shapes[name], dtype)).requires_grad_(False)
 
 
-def fill(model: nn.Module, values: Callable[[str], Tensor]) -> nn.Module:
+def fill(model: M, values: Callable[[str], Tensor]) -> M:
     """Give a meta model `values(name)` as its parameters, tied ones once, and compute its buffers on the CPU."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     made: dict[nn.Parameter, nn.Parameter] = {}

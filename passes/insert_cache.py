@@ -2,8 +2,9 @@
 
 In:  ids [1, T], positions [1, T], rows [R] -> logits [1, R, V], with `sink_attention_dense` in every layer.
 Out: token_ids [T], positions [T], query_start [N+1], kv_lens [N], slots [G, T], block_tables [G, N, M], rows [R] and, layer by
-layer, k_cache and v_cache [blocks, block_size, KV, D] -> logits [R, V]. Layers of one window share a cache group: its slots
-and block tables are row g of `slots` and `block_tables`. Groups are sorted by window, full attention (0) first.
+layer, k_cache [blocks, KV, D, block_size] and v_cache [blocks, KV, block_size, D] -> logits [R, V]. Layers of one window share a
+cache group: its slots and block tables are row g of `slots` and `block_tables`. Groups are sorted by window, full attention (0)
+first.
 """
 
 from __future__ import annotations

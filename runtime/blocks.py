@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oxfuse.runtime.cache_size import CacheSize
 from oxfuse.runtime.errors import UserError
-from oxfuse.runtime.manifest import CacheSpec
+from oxfuse.runtime.manifest import CacheSpec, cache_shapes
 
 ALIGNMENT = 64
 MAP_NORESERVE = 0x4000
@@ -95,7 +95,7 @@ def cache_dtype(spec: CacheSpec) -> torch.dtype:
 
 
 def allocate_caches(spec: CacheSpec, size: CacheSize) -> list[Tensor]:
-    """Return K and V of each layer in layer order, [blocks, block_size, kv_heads, head_dim]: zeros without memory behind them."""
+    """Return K and V of each layer in layer order, [blocks, *cache_shapes(...)]: zeros without memory behind them."""
     dtype = cache_dtype(spec)
     blocks = {layer: count for group, count in zip(spec.groups, size.blocks, strict=True) for layer in group.layers}
     if sorted(blocks) != list(range(len(spec.kv_heads))):
@@ -104,8 +104,8 @@ def allocate_caches(spec: CacheSpec, size: CacheSize) -> list[Tensor]:
         )
     caches = []
     for layer in sorted(blocks):
-        shape = blocks[layer], spec.block_size, spec.kv_heads[layer], spec.head_dim[layer]
-        caches += [_reserve(shape, dtype), _reserve(shape, dtype)]
+        shapes = cache_shapes(spec.kv_heads[layer], spec.head_dim[layer], spec.block_size)
+        caches += [_reserve((blocks[layer], *shape), dtype) for shape in shapes]
     return caches
 
 

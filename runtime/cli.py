@@ -90,7 +90,7 @@ def generate(
 
     With --chat the prompt is a user's message, and the answer is written without the thoughts that led to it.
     """
-    prompts = _prompts(stdin, texts, files)
+    prompts = read_prompts(stdin, texts, files)
     if options["logprobs"] and not as_json:
         raise UserError("--logprobs are written with --json only: add it.")
     with PhaseLine(quiet=quiet) as line:
@@ -188,15 +188,16 @@ def _messages(prompt: str, system: str | None) -> list[Message]:
     return [*before, {"role": "user", "content": prompt}]
 
 
-def _prompts(stdin: str | None, texts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
+def read_prompts(stdin: str | None, texts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
+    """Return the texts that a command line gives in one of three ways. Raises UserError if it gives none, or uses two ways."""
     if stdin not in (None, "-"):
         raise UserError(f"Unexpected argument {stdin!r}: give the prompt with -p, a file with -f, or - for standard input.")
     if bool(texts) + bool(files) + (stdin is not None) != 1:
         raise UserError("Give the prompt in one way: -p PROMPT, -f FILE, or - for standard input.")
     if stdin is not None:
-        return [_read("standard input", None)]
+        return [read_text("standard input", None)]
     if files:
-        return [_read(str(path), None if str(path) == "-" else path) for path in files]
+        return [read_text(str(path), None if str(path) == "-" else path) for path in files]
     for text in texts:
         try:
             text.encode()
@@ -205,7 +206,7 @@ def _prompts(stdin: str | None, texts: tuple[str, ...], files: tuple[Path, ...])
     return list(texts)
 
 
-def _read(name: str, path: Path | None) -> str:
+def read_text(name: str, path: Path | None) -> str:
     """Return the text of a file, or of standard input, without a byte order mark and the newline that editors and echo add."""
     try:
         if path is None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from oxfuse.runtime.errors import UserError, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TaskName = typing.Literal[
     "text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"
@@ -73,6 +73,14 @@ class OpsLibrary:
     sha256: str
 
 
+def cache_shapes(kv_heads: int, head_dim: int, block_size: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the shapes of a block of K, [kv_heads, head_dim, block_size], and of V, [kv_heads, block_size, head_dim].
+
+    A head's part of a block lies in one piece, and K so that the products with a query run along the keys.
+    """
+    return (kv_heads, head_dim, block_size), (kv_heads, block_size, head_dim)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheGroup:
     """Layers that share block tables. `window` 0 sees every earlier token."""
@@ -83,7 +91,7 @@ class CacheGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """The paged cache: per layer K and V of [blocks, block_size, kv_heads, head_dim]; `kv_heads` and `head_dim` are per layer."""
+    """The paged cache: per layer K and V of [blocks, *cache_shapes(...)]; `kv_heads` and `head_dim` are per layer."""
 
     block_size: int
     dtype: str
@@ -116,13 +124,21 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """`config` is the checkpoint's configuration as oxfuse understood it."""
+    """`config` is the checkpoint's configuration as oxfuse understood it.
+
+    pooling: which tokens of a sequence the model answers for: "none", each; "rightmost", the last that is not padding.
+    labels: what a classifier tells apart, by number; problem_type: whether by one of them ("single_label_classification"), any
+    ("multi_label_classification") or as a number ("regression"); None follows from how many labels there are.
+    """
 
     model_type: str
     task: str
     dtype: str
     vocab_size: int
     config: dict[str, Any]
+    pooling: str = "none"
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

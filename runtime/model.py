@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oxfuse.runtime.engine import Engine, TokenSequence
-from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.errors import UserError, shown
 from oxfuse.runtime.generate import (
     Chunk,
     Generation,
@@ -30,9 +30,21 @@ from oxfuse.runtime.generate import (
     stream_in_thread,
 )
 from oxfuse.runtime.harmony import find_markers
+from oxfuse.runtime.heads import (
+    Answer,
+    Classification,
+    Embedding,
+    Tagging,
+    Text,
+    classification,
+    encode_texts,
+    tagging,
+    windows,
+)
+from oxfuse.runtime.heads import answer as find_answer
 from oxfuse.runtime.host import check_host
 from oxfuse.runtime.inputs import Batch, BatchRow, TokenIds, batch_rows
-from oxfuse.runtime.manifest import GenerationSpec, Manifest, ProgramSpec, read_manifest
+from oxfuse.runtime.manifest import GenerationSpec, Manifest, ModelSpec, ProgramSpec, read_manifest
 from oxfuse.runtime.program import Program, load_ops_library
 from oxfuse.runtime.scheduler import Job, Scheduler
 from oxfuse.runtime.session import Session
@@ -64,15 +76,22 @@ class CompiledModel:
         engine: Engine,
         *,
         vocab_size: int,
+        width: int | None = None,
         generation: GenerationSpec | None = None,
         tokenizer: TextTokenizer | None = None,
         manifest: Manifest | None = None,
         report: dict[str, Any] | None = None,
     ) -> None:
-        """Wrap an engine. `load` does this for an artifact; without a manifest any `step` callable can be run the same way."""
+        """Wrap an engine. `load` does this for an artifact; without a manifest any `step` callable can be run the same way.
+
+        `width` is how many values the step gives for a token, `vocab_size` by default.
+        """
         self.scheduler = Scheduler(engine)
+        self.width = vocab_size if width is None else width
         self.vocab_size, self.tokenizer, self.report = vocab_size, tokenizer, report
         self._manifest = manifest
+        self._pooled = manifest is not None and manifest.model.pooling == "rightmost"
+        self._pad: int | None = manifest.model.config.get("pad_token_id") if manifest else None
         self._eos = frozenset(generation.eos_token_ids if generation else ())
         self._markers = find_markers(tokenizer) if tokenizer else None
 
@@ -101,7 +120,10 @@ class CompiledModel:
         attention_mask: Batch | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Return the logits of every token, float32 [B, S, vocab].
+        """Return the logits of every token, float32 [B, S, vocab]; of a model with another head what that gives.
+
+        Tags [B, S, labels], spans [B, S, 2] (start and end), bare models [B, S, hidden]; classifiers of sequences [B, labels],
+        which is what they say about the rightmost token that is not the configuration's padding token, whatever the mask.
 
         `input_ids` is [B, S] of integers, or B lists of any lengths, padded on the right. Tokens outside the run of ones in a row
         of `attention_mask` [B, S] are not run, and their logits are 0. `position_ids` [B, S] or [1, S] default to arange(S), pads
@@ -112,25 +134,41 @@ class CompiledModel:
             raise UserError(
                 f"A row has {longest} tokens, max_context is {self.max_context}: shorten it, or compile with a larger one."
             )
-        out = torch.zeros(len(rows), length, self.vocab_size)
+        if self._pooled:
+            out = torch.zeros(len(rows), 1, self.width)
+            picks = [{self._pooled_index(input_ids[n], row, n): 0} for n, row in enumerate(rows)]
+        else:
+            out = torch.zeros(len(rows), length, self.width)
+            picks = [{i: row.offset + i for i in range(len(row.tokens))} for row in rows]
         jobs = [
-            _LogitsJob(self.scheduler.engine.sequence(), row, {i: row.offset + i for i in range(len(row.tokens))}, out[n])
-            for n, row in enumerate(rows)
+            _LogitsJob(self.scheduler.engine.sequence(), row, places, out[n])
+            for n, (row, places) in enumerate(zip(rows, picks, strict=True))
         ]
         self.scheduler.run(jobs, on_step)
-        return out
+        return out[:, 0] if self._pooled else out
+
+    def _pooled_index(self, padded: TokenIds, row: BatchRow, number: int) -> int:
+        """Return which of the row's tokens a classifier of sequences looks at: the padded row's rightmost that is no padding."""
+        ids = [int(token) for token in padded]
+        last = next((i for i in reversed(range(len(ids))) if ids[i] != self._pad), 0) if self._pad is not None else len(ids) - 1
+        if not 0 <= last - row.offset < len(row.tokens):
+            raise UserError(
+                f"Row {number}: the rightmost token that is not padding ({self._pad}) is at index {last}, which attention_mask "
+                "hides. Give a mask that shows it, or the padding token behind it."
+            )
+        return last - row.offset
 
     def row_logits(
         self, tokens: TokenIds, positions: TokenIds, rows: Sequence[int], on_step: Callable[[], object] | None = None
     ) -> Tensor:
-        """Run one sequence and return the logits of the tokens at the indices `rows` alone, float32 [len(rows), vocab].
+        """Run one sequence and return what it says about the tokens at the indices `rows` alone, float32 [len(rows), width].
 
         Saves the memory and the time of the head for the others. `rows` are distinct. Raises UserError as `logits` does.
         """
         ((row,), _) = batch_rows([tokens], self.vocab_size, [positions])
         if not rows or len(set(rows)) < len(rows) or not 0 <= min(rows) <= max(rows) < len(row.tokens) <= self.max_context:
             raise UserError(f"rows are not distinct indices into {len(row.tokens)} tokens, of at most {self.max_context}.")
-        out = torch.empty(len(rows), self.vocab_size)
+        out = torch.empty(len(rows), self.width)
         places = {index: place for place, index in enumerate(rows)}
         self.scheduler.run([_LogitsJob(self.scheduler.engine.sequence(), row, places, out)], on_step)
         return out
@@ -239,6 +277,65 @@ class CompiledModel:
         )
         return stream_in_thread(stream)
 
+    def classify(self, texts: Text | Sequence[Text]) -> list[Classification]:
+        """Tell each text's label. `texts` is one text (or its token ids) or a list of them.
+
+        Raises UserError unless the artifact was compiled for text-classification, and for a text that is empty or too long.
+        """
+        spec = self._spec("text-classification", "classify")
+        encoded = encode_texts(texts, self.tokenizer, self.vocab_size, self.max_context)
+        return [classification(values[0], spec) for values in self._values([entry.ids for entry in encoded])]
+
+    def tag(self, texts: Text | Sequence[Text]) -> list[Tagging]:
+        """Tell the label of each token of each text, and the entities that they make up. Arguments and errors as `classify`'s."""
+        spec = self._spec("token-classification", "tag")
+        encoded = encode_texts(texts, self.tokenizer, self.vocab_size, self.max_context)
+        values = self._values([entry.ids for entry in encoded])
+        return [tagging(entry, value, spec.labels) for entry, value in zip(encoded, values, strict=True)]
+
+    def answer(self, question: str, context: str, *, max_answer_tokens: int = 30, top_k: int = 1) -> Answer:
+        """Find the span of `context` that answers `question`, and `top_k` - 1 alternatives, best first.
+
+        A context longer than `max_context` is read in overlapping windows. Raises UserError unless the artifact was compiled for
+        question-answering, and for a text without tokens.
+        """
+        self._spec("question-answering", "answer")
+        for name, number in (("max_answer_tokens", max_answer_tokens), ("top_k", top_k)):
+            if type(number) is not int or number < 1:
+                raise UserError(f"{name} is {number!r}: give a whole number >= 1.")
+        parts = windows(question, context, self.tokenizer, self.max_context)
+        values = self._values([part.ids for part in parts])
+        return find_answer(context, parts, values, most_tokens=max_answer_tokens, top_k=top_k)
+
+    def embed(self, texts: Text | Sequence[Text]) -> list[Embedding]:
+        """Return the last hidden state of each text's tokens. Arguments and errors as `classify`'s."""
+        self._spec("feature-extraction", "embed")
+        encoded = encode_texts(texts, self.tokenizer, self.vocab_size, self.max_context)
+        values = self._values([entry.ids for entry in encoded])
+        return [
+            Embedding(token_ids=entry.ids, offsets=entry.offsets, hidden=value)
+            for entry, value in zip(encoded, values, strict=True)
+        ]
+
+    def _spec(self, task: str, what: str) -> ModelSpec:
+        """Return the manifest's description. Raises UserError if the artifact is for another task than `task`."""
+        spec = self.manifest.model
+        if spec.task != task:
+            raise UserError(f"The artifact is for {spec.task}, which cannot {what}: compile with --task {task}.")
+        return spec
+
+    def _values(self, sequences: Sequence[list[int]]) -> list[Tensor]:
+        """Return what the model gives for each sequence, float32 [T, width]; [1, width] for a classifier of sequences."""
+        outs: list[Tensor] = []
+        jobs = []
+        for ids in sequences:
+            row = BatchRow(tokens=ids, positions=list(range(len(ids))), offset=0)
+            places = {self._pooled_index(ids, row, len(outs)): 0} if self._pooled else {i: i for i in range(len(ids))}
+            outs.append(torch.zeros(len(places), self.width))
+            jobs.append(_LogitsJob(self.scheduler.engine.sequence(), row, places, outs[-1]))
+        self.scheduler.run(jobs)
+        return outs
+
     def session(self) -> Session:
         """Open a session: the caller feeds tokens and gets logits."""
         return Session(self.scheduler, self.vocab_size)
@@ -251,6 +348,8 @@ class CompiledModel:
 
     def generation_options(self, **options: Any) -> GenerationOptions:
         """Return the checked options, all of `generate`'s. Raises UserError naming the one that does not fit."""
+        if self._manifest is not None:
+            self._spec("text-generation", "generate")
         chosen = generation_options(vocab_size=self.vocab_size, **options)
         if chosen.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, which this artifact lacks: use stop_token_ids.")
@@ -318,10 +417,22 @@ def load(
     return CompiledModel(
         Engine(step, manifest.cache, manifest.limits, cache_bytes=cache_bytes, threads=threads),
         vocab_size=manifest.model.vocab_size,
+        width=_width(program),
         generation=manifest.generation,
         tokenizer=TextTokenizer.open([folder / name for name in manifest.tokenizer_files]),
         manifest=manifest,
         report=_read_report(folder),
+    )
+
+
+def _width(program: ProgramSpec) -> int:
+    """Return how many values the program gives for a token. Raises UserError if its output is something else."""
+    shapes = [output.shape for output in program.outputs]
+    if len(shapes) == 1 and len(shapes[0]) == 2 and isinstance(shapes[0][1], int) and shapes[0][1] > 0:
+        return shapes[0][1]
+    raise UserError(
+        f"The program {program.name!s:.60} has outputs of shape {shown(shapes)}, expected one of rows by values: the manifest is "
+        "damaged. Compile the checkpoint again."
     )
 
 

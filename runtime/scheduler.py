@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -36,13 +37,37 @@ class Job(ABC):
         """Take the logits [n, V], float32, of the n tokens at `indices` in the sequence; append tokens to it or set `done`."""
 
 
+class _Lock:
+    """A lock whose owner, once it is free again, sees to what finalizers left behind because they could not have it."""
+
+    def __init__(self, afterwards: Callable[[], object]) -> None:
+        self._lock, self._afterwards = threading.Lock(), afterwards
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self._afterwards()
+
+    @contextmanager
+    def if_free(self) -> Iterator[bool]:
+        """Hold the lock if nobody does; yield whether that is so."""
+        mine = self._lock.acquire(blocking=False)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._lock.release()
+
+
 class Scheduler:
     """Queue, running jobs and the lock around the engine."""
 
     def __init__(self, engine: Engine) -> None:
         """Serve jobs with `engine`, which nobody else may use without `lock`."""
         self.engine = engine
-        self.lock = threading.Lock()
+        self.lock = _Lock(self._sweep_if_free)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self._abandoned: deque[TokenSequence | Job] = deque()
@@ -84,16 +109,19 @@ class Scheduler:
                 self._retire(job)
 
     def abandon(self, item: TokenSequence | Job) -> None:
-        """Do `cancel`, or release a sequence, from a finalizer: at once if the lock is free, else at the next step.
+        """Do `cancel`, or release a sequence, from a finalizer: at once if the lock is free, else as soon as it is.
 
         A finalizer may run anywhere, also inside a step of this very thread.
         """
         self._abandoned.append(item)
-        if self.lock.acquire(blocking=False):
-            try:
+        self._sweep_if_free()
+
+    def _sweep_if_free(self) -> None:
+        while self._abandoned:  # again, for what came while the lock was held here
+            with self.lock.if_free() as free:
+                if not free:
+                    return  # who holds it comes here afterwards
                 self._sweep()
-            finally:
-                self.lock.release()
 
     def _sweep(self) -> None:
         while self._abandoned:

@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Filter, For, Node, Template
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from oxfuse.runtime.errors import UserError
 
@@ -78,14 +78,28 @@ class TextTokenizer:
 
         Raises UserError where `text` holds half of a surrogate pair, which bytes become that were read with the wrong encoding.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"The text holds {text[error.start]!a} at index {error.start}, which is no character: it was not UTF-8 where it "
-                "came from. Give valid UTF-8."
-            ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of `text` and where each token's characters begin and end in it; (0, 0) if it has none."""
+        found = self._encode(text)
+        return list(found.ids), list(found.offsets)
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[tuple[int, int]], list[bool]]:
+        """Return the token ids of two texts as the tokenizer joins them, places in their own text, and which are the second's."""
+        found = self._encode(first, second)
+        return list(found.ids), list(found.offsets), [number == 1 for number in found.sequence_ids]
+
+    def _encode(self, text: str, second: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
+        for part in (text, second or ""):
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"The text holds {part[error.start]!a} at index {error.start}, which is no character: it was not UTF-8 where "
+                    "it came from. Give valid UTF-8."
+                ) from None
+        return self._tokenizer.encode(text, second, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; ids that the tokenizer does not know give nothing, bytes that are no text U+FFFD."""

@@ -49,16 +49,16 @@ class GoldenError:
 def compare_golden(model: CompiledModel, path: Path, on_step: Callable[[], object] | None = None) -> GoldenError:
     """Run the golden tokens and compare the golden rows.
 
-    The file at `path` holds token_ids [T], positions [T], rows [R], all int64, and logits [R, V] float32. Raises UserError where
-    it does not, or not for this model.
+    The file at `path` holds token_ids [T], positions [T], rows [R], all int64, and logits float32 [R, what the model gives].
+    Raises UserError where it does not, or not for this model.
     """
     golden = map_tensors(path)
     try:
         tokens, positions, rows, expected = (golden[name] for name in ("token_ids", "positions", "rows", "logits"))
     except KeyError as error:
         raise damaged(path, f"lacks the tensor {error}") from None
-    if expected.shape != (len(rows), model.vocab_size) or positions.shape != tokens.shape or not len(rows):
-        raise damaged(path, f"has logits {list(expected.shape)} for {len(rows)} rows of a vocabulary of {model.vocab_size}")
+    if expected.shape != (len(rows), model.width) or positions.shape != tokens.shape or not len(rows):
+        raise damaged(path, f"has logits {list(expected.shape)} for {len(rows)} rows of {model.width} values")
     found = model.row_logits(tokens, positions, rows.tolist(), on_step)
     difference = found.double() - expected.double()
     return GoldenError(

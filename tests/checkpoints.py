@@ -83,7 +83,7 @@ def random_gpt_oss(
             full |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "experts_per_token": full["num_experts_per_tok"]}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(full, indent=2))
-    _save(folder, tensors, shards)
+    save_tensors(folder, tensors, shards)
     return folder
 
 
@@ -178,7 +178,8 @@ def _original_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _save(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
+def save_tensors(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
+    """Write model.safetensors, or shards with their index."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return

@@ -85,7 +85,7 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         checkpoint = Checkpoint.open(folder)
         contract = lookup(config.model_type)
-        sources = contract.tensor_sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
+        sources = contract.sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(sources[name].read())

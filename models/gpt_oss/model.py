@@ -6,17 +6,20 @@ float64 too. Parameters have the names of transformers' GptOss checkpoints.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oxfuse.errors import UserError
 from oxfuse.models.cache import KVCache
 from oxfuse.models.contract import Experts
-from oxfuse.models.gpt_oss.config import GptOssConfig
-from oxfuse.models.losses import causal_lm_loss, load_balancing_loss
-from oxfuse.models.outputs import MoeCausalLMOutput, MoeModelOutput
+from oxfuse.models.gpt_oss.config import FULL, SLIDING, GptOssConfig
+from oxfuse.models.heads import CausalLM, SequenceClassifier, TokenClassifier
+from oxfuse.models.losses import load_balancing_loss
+from oxfuse.models.outputs import MoeCausalLMOutput, MoeModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from oxfuse.models.precision import widened
+from oxfuse.models.reference import Reference, RowsOutput, body_inputs, chosen, visible_keys
 from oxfuse.models.rotary import RotaryEmbedding, rotate
 
 
@@ -155,8 +158,10 @@ class GptOssDecoderLayer(nn.Module):
         return x + mixed, probabilities, router_logits
 
 
-class GptOssModel(nn.Module):
+class GptOssModel(Reference):
     """The bare model: token ids to the hidden states after the final norm."""
+
+    config: GptOssConfig
 
     def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
@@ -190,29 +195,16 @@ class GptOssModel(nn.Module):
         What is None defaults to the configuration. Raises UserError on inputs that do not fit together.
         """
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            found = "neither" if input_ids is None else "both"
-            raise UserError(f"Found {found} of input_ids and inputs_embeds. Give exactly one.")
-        if past_key_values is not None and not isinstance(past_key_values, KVCache):
-            raise UserError(
-                f"past_key_values is a {type(past_key_values).__name__}. Give what an earlier call returned, or None."
-            )
-        cache = past_key_values
-        if cache is None and _chosen(use_cache, config.use_cache):
-            cache = KVCache()
-        if inputs_embeds is not None:
-            x, length = inputs_embeds, inputs_embeds.shape[1]
-        else:
-            assert input_ids is not None
-            x, length = self.embed_tokens(input_ids), input_ids.shape[1]
-        past = cache.get_seq_length() if cache is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=x.device).unsqueeze(0)
-        visible = self._visible(past, length, attention_mask, x.device)
-        rotation = self.rotary_emb(position_ids)
-        with_states = _chosen(output_hidden_states, config.output_hidden_states)
-        with_attentions = _chosen(output_attentions, config.output_attentions)
-        with_router = _chosen(output_router_logits, config.output_router_logits)
+        given = body_inputs(
+            self.embed_tokens, input_ids, inputs_embeds, position_ids, past_key_values, chosen(use_cache, config.use_cache)
+        )
+        x, cache = given.hidden, given.cache
+        windows = {FULL: None, SLIDING: config.sliding_window}
+        visible = visible_keys(given.past, x.shape[1], attention_mask, windows, x.device)
+        rotation = self.rotary_emb(given.position_ids)
+        with_states = chosen(output_hidden_states, config.output_hidden_states)
+        with_attentions = chosen(output_attentions, config.output_attentions)
+        with_router = chosen(output_router_logits, config.output_router_logits)
         states, attentions, router_logits = [], [], []
         for layer, kind in zip(self.layers, config.layer_types, strict=True):
             states += [x] * with_states
@@ -227,24 +219,12 @@ class GptOssModel(nn.Module):
             attentions=tuple(attentions) if with_attentions else None,
             router_logits=tuple(router_logits) if with_router else None,
         )
-        return output if _chosen(return_dict, config.return_dict) else output.to_tuple()
+        return output if chosen(return_dict, config.return_dict) else output.to_tuple()
 
-    def _visible(self, past: int, length: int, attention_mask: Tensor | None, device: torch.device) -> dict[str, Tensor]:
-        """Return, by layer type, which keys each query sees: bool [S, past + S], or [B, 1, S, past + S] under a mask."""
-        query = torch.arange(past, past + length, device=device)[:, None]
-        key = torch.arange(past + length, device=device)
-        causal = key <= query
-        masks = {"full_attention": causal}
-        if self.config.sliding_window is not None:
-            masks["sliding_attention"] = causal & (key > query - self.config.sliding_window)
-        if attention_mask is None:
-            return masks
-        if attention_mask.dim() != 2 or attention_mask.shape[1] != past + length:
-            raise UserError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, {past + length}]: "
-                f"{past} cached tokens and {length} new ones. Give one 0 or 1 for each."
-            )
-        return {kind: mask & attention_mask.bool()[:, None, None] for kind, mask in masks.items()}
+    def rows(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **wanted: Any) -> RowsOutput:
+        """Return the hidden states of some tokens of one sequence, [1, R, H]."""
+        body = self(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True, **wanted)
+        return RowsOutput(values=body.last_hidden_state[:, logits_to_keep], router_logits=body.router_logits)
 
     def _initialise(self, module: nn.Module) -> None:
         """Fill a module's own parameters as transformers does: normal weights, biases 0 but for the router's."""
@@ -261,18 +241,16 @@ class GptOssModel(nn.Module):
                 module.weight[module.padding_idx].zero_()
 
 
-class GptOssForCausalLM(nn.Module):
-    """The language model: the bare model and a head over the vocabulary, tied to the embeddings if the configuration says so."""
+class GptOssForCausalLM(CausalLM):
+    """The language model."""
+
+    body_name = "model"
+    heads = ("lm_head",)
+    config: GptOssConfig
 
     def __init__(self, config: GptOssConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = GptOssModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        else:
-            nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+        body = GptOssModel(config)
+        super().__init__(config, body, body.embed_tokens)
 
     def forward(
         self,
@@ -299,8 +277,8 @@ class GptOssForCausalLM(nn.Module):
         router_aux_loss_coef. num_items_in_batch divides the loss's sum instead of the number of labels.
         """
         config = self.config
-        balanced = _chosen(output_router_logits, config.output_router_logits)
-        body = self.model(
+        balanced = chosen(output_router_logits, config.output_router_logits)
+        body = self.body(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -313,32 +291,83 @@ class GptOssForCausalLM(nn.Module):
             output_router_logits=balanced,
             return_dict=True,
         )
-        hidden = body.last_hidden_state
-        if isinstance(logits_to_keep, Tensor):
-            if logits_to_keep.dim() != 1:
-                raise UserError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)}. Give a number, or indices in one dim.")
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
-        loss = causal_lm_loss(logits, labels, num_items_in_batch) if labels is not None else None
-        aux_loss = None
+        plain = self.generate_logits(body, labels, logits_to_keep, num_items_in_batch)
+        loss, aux_loss = plain.loss, None
         if balanced:
             new = attention_mask[:, -body.last_hidden_state.shape[1] :] if attention_mask is not None else None
             aux_loss = load_balancing_loss(body.router_logits, config.num_experts_per_tok, new)
             if loss is not None:
                 loss = loss + config.router_aux_loss_coef * aux_loss
-        output = MoeCausalLMOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=body.past_key_values,
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
-            router_logits=body.router_logits,
+        output = MoeCausalLMOutput(**{**vars(plain), "loss": loss}, aux_loss=aux_loss, router_logits=body.router_logits)
+        return self._output(output, return_dict)
+
+
+class GptOssForSequenceClassification(SequenceClassifier):
+    """The classifier of sequences."""
+
+    body_name = "model"
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__(config, GptOssModel(config))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        return_dict: bool | None = None,
+        **wanted: bool | None,
+    ) -> SequenceClassifierOutput | tuple[object, ...]:
+        """Run the model; arguments as for GptOssModel, to which `wanted` goes, labels as for `classify`."""
+        return self.classify(
+            labels,
+            input_ids,
+            return_dict,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **wanted,
         )
-        return output if _chosen(return_dict, config.return_dict) else output.to_tuple()
 
 
-def _chosen(given: bool | None, default: bool) -> bool:
-    return default if given is None else given
+class GptOssForTokenClassification(TokenClassifier):
+    """The classifier of tokens."""
+
+    body_name = "model"
+    heads = ("score",)
+
+    def __init__(self, config: GptOssConfig) -> None:
+        super().__init__(config, GptOssModel(config))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        return_dict: bool | None = None,
+        **wanted: bool | None,
+    ) -> TokenClassifierOutput | tuple[object, ...]:
+        """Run the model; arguments as for GptOssModel, to which `wanted` goes, labels as for `tag`."""
+        return self.tag(
+            labels,
+            return_dict,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **wanted,
+        )

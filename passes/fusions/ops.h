@@ -27,6 +27,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::parallel_for;
 
+constexpr int64_t GRAIN = 65536;  // multiplications below which a thread is not worth waking
+
 // Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
 // macro would cost a stream for each.
 #define OXFUSE_CHECK(condition, message) \

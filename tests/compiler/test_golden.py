@@ -22,7 +22,7 @@ def golden_of(folder: Path, path: Path, max_context: int = 1024, **options: Any)
     contract = lookup(checkpoint.config["model_type"])
     config = contract.parse_config(dict(checkpoint.config))
     task = options.pop("task", "text-generation")
-    sources = contract.tensor_sources(checkpoint, config, task)
+    sources = contract.sources(checkpoint, config, task)
     return write_golden(path, contract=contract, config=config, task=task, sources=sources, max_context=max_context, **options)
 
 

@@ -70,11 +70,12 @@ def inputs(sequences: list[tuple[int, int]]) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     tokens, columns = sum(new for _, new in sequences), max(-(-(past + new) // BLOCK) for past, new in sequences)
     table = torch.arange(1, 1 + len(sequences) * columns).view(len(sequences), columns)
-    caches = [torch.full((1 + table.numel(), BLOCK, KV, DIM), torch.nan) for _ in "kv"]
+    caches = [torch.full((1 + table.numel(), KV, *tail), torch.nan) for tail in ((DIM, BLOCK), (BLOCK, DIM))]
     slots: list[int] = []
     for n, (past, new) in enumerate(sequences):
-        for cache in caches:
-            cache.flatten(0, 1)[(1 + n * columns) * BLOCK :][:past] = torch.randn(past, KV, DIM, generator=generator)
+        old = (1 + n * columns) * BLOCK + torch.arange(past)
+        for cache in (caches[0].permute(0, 3, 1, 2), caches[1].transpose(1, 2)):  # [blocks, BLOCK, KV, DIM]
+            cache[old // BLOCK, old % BLOCK] = torch.randn(past, KV, DIM, generator=generator)
         slots += range((1 + n * columns) * BLOCK + past, (1 + n * columns) * BLOCK + past + new)
     starts = torch.tensor([0, *(new for _, new in sequences)]).cumsum(0)
     positions = torch.cat([torch.arange(past, past + new) for past, new in sequences])

@@ -147,7 +147,7 @@ def test_a_sequence_does_not_depend_on_how_it_is_cut(ops: OpsBuild) -> None:
     results = []
     for window in (0, 33):
         for cuts in ((150,), (1, 60, 1, 88), (149, 1)):
-            caches, rows, done = [torch.full((20, 8, 2, 16), torch.nan) for _ in "kv"], [], 0
+            caches, rows, done = [torch.full((20, 2, *tail), torch.nan) for tail in ((16, 8), (8, 16))], [], 0
             for count in cuts:
                 part = slice(done, done + count)
                 done += count
@@ -188,10 +188,10 @@ def test_attention_refuses(ops: OpsBuild) -> None:
         with pytest.raises(RuntimeError, match=match):
             cpp(ops, "sink_attention")(*args.values())
 
-    q, k, v, _, k_cache, *_ = case(ATTENTION, "decode")
+    q, k, v, _, k_cache, v_cache, *_ = case(ATTENTION, "decode")
     refused("k_cache must be a contiguous", k_cache=k_cache.transpose(1, 2).contiguous().transpose(1, 2))
     refused("v has dtype", v=v.bfloat16())
-    wide = {name: x.double() for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, k_cache, k_cache), strict=True)}
+    wide = {name: x.double() for name, x in zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, k_cache, v_cache), strict=True)}
     refused("q has dtype ScalarType 7, expected float32 or bfloat16", **wide)
     refused("slots has shape", slots=torch.tensor([8, 9]))
     refused("slot 10000 is outside", slots=torch.tensor([10000]))

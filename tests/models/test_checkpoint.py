@@ -26,7 +26,7 @@ from tests.checkpoints import random_gpt_oss, transformers_model
 def sources(folder: Path, task: str = "text-generation") -> dict[str, TensorSource]:
     checkpoint = Checkpoint.open(folder)
     contract = checkpoint.contract()
-    return contract.tensor_sources(checkpoint, contract.parse_config(checkpoint.config), task)
+    return contract.sources(checkpoint, contract.parse_config(checkpoint.config), task)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
@@ -158,12 +158,12 @@ def test_live_tensors(tmp_path: Path) -> None:
     model = transformers_model(random_gpt_oss(tmp_path))
     checkpoint = Checkpoint.of_tensors(model.config.to_dict(), model.state_dict())
     config = checkpoint.contract().parse_config(checkpoint.config)
-    found = CONTRACT.tensor_sources(checkpoint, config, "text-generation")
+    found = CONTRACT.sources(checkpoint, config, "text-generation")
     assert torch.equal(found["lm_head.weight"].read(slice(3, 7)), model.lm_head.weight[3:7])
     assert checkpoint.dtype == torch.float32 and checkpoint.folder is None
     with pytest.raises(UserError, match=r"The module: .*Missing: lm_head.weight"):
         state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
-        CONTRACT.tensor_sources(Checkpoint.of_tensors({}, state), config, "text-generation")
+        CONTRACT.sources(Checkpoint.of_tensors({}, state), config, "text-generation")
 
 
 def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:
@@ -361,16 +361,16 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 def test_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oxfuse.models.contract._registered", {})
-    with pytest.raises(UserError, match=r"model_type is 'llama'; oxfuse knows gpt_oss"):
+    with pytest.raises(UserError, match=r"model_type is 'llama'; oxfuse knows gpt_neox, gpt_oss"):
         lookup("llama")
     fields = {name: getattr(CONTRACT, name) for name in ("parse_config", "tasks", "architectures", "tensor_sources")}
     contract = ModelContract(model_type="mine", **fields)
     register("mine", contract)
     assert lookup("mine") is contract and lookup("gpt_oss") is CONTRACT
-    folder = random_gpt_oss(tmp_path, architectures=["GptOssForSequenceClassification"])
-    with pytest.raises(UserError, match="names the architecture GptOssForSequenceClassification; oxfuse has GptOssForCausalLM"):
+    folder = random_gpt_oss(tmp_path, architectures=["GptOssForTranslation"])
+    with pytest.raises(UserError, match="names the architecture GptOssForTranslation; oxfuse has GptOssForCausalLM"):
         load_reference(folder)
-    with pytest.raises(UserError, match="no task 'dreaming'; it has text-generation, feature-extraction"):
+    with pytest.raises(UserError, match="no task 'dreaming'; it has text-generation, text-classification"):
         load_reference(folder, task="dreaming")
     assert isinstance(load_reference(folder, task="text-generation").config, GptOssConfig)
     assert torch.float16 in CONTRACT.refused_dtypes

@@ -45,7 +45,7 @@ def test_scale_of_255_is_refused_with_its_name(tmp_path: Path, layout: str) -> N
     save_file(tensors, folder / "model.safetensors")
     checkpoint = Checkpoint.open(folder)
     contract = checkpoint.contract()
-    source = contract.tensor_sources(checkpoint, contract.parse_config(checkpoint.config), "text-generation")[
+    source = contract.sources(checkpoint, contract.parse_config(checkpoint.config), "text-generation")[
         "model.layers.1.mlp.experts.down_proj"
     ]
     for read in (source.read, source.parts()["scales"].read, lambda: source.read(slice(6, 7))):

@@ -85,6 +85,12 @@ class Reader(threading.Thread):
         self.artifact, self.looks, self.faults, self._ended = artifact, 0, list[str](), threading.Event()
 
     def run(self) -> None:
+        try:
+            self._look_again_and_again()
+        except OSError as error:  # such as: there is nothing of that name
+            self.faults.append(f"the reader met {error!r}")
+
+    def _look_again_and_again(self) -> None:
         while not self._ended.wait(0.05):
             # Names are looked up in the folder that was there when it was opened. If that is no longer the artifact by the end of
             # the look, it has been replaced meanwhile, and what it lacks now says nothing.
@@ -99,7 +105,7 @@ class Reader(threading.Thread):
         """Stop, and return what was seen."""
         self._ended.set()
         self.join()
-        return self.faults if self.looks else ["the reader died"]
+        return self.faults
 
 
 def points(count: int, seconds: float) -> Iterator[tuple[str, Callable[[Path, float], bool]]]:

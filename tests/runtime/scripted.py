@@ -89,7 +89,11 @@ def scripted(
         vocab_size=script.tokenizer.vocab_size,
         generation=GenerationSpec(eos_token_ids=ends, bos_token_id=None, pad_token_id=None),
         tokenizer=script.tokenizer,
-        manifest=SimpleNamespace(name="scripted", generation=SimpleNamespace(eos_token_ids=ends)),  # type: ignore[arg-type]
+        manifest=SimpleNamespace(  # type: ignore[arg-type]
+            name="scripted",
+            generation=SimpleNamespace(eos_token_ids=ends),
+            model=SimpleNamespace(task="text-generation", pooling="none", config={}),
+        ),
     )
     return model, script
 

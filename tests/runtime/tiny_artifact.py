@@ -32,6 +32,7 @@ from oxfuse.runtime.manifest import (
     TensorSpec,
     WeightFile,
     WeightTensor,
+    cache_shapes,
 )
 from oxfuse.runtime.model import CompiledModel
 from oxfuse.runtime.weights import read_header
@@ -71,12 +72,14 @@ class TinyStep(nn.Module):
         v_cache: Tensor,
     ) -> Tensor:
         x = self.embedding[token_ids] + torch.sin(positions[:, None] * self.phase)
-        k_cache.flatten(0, 1).index_put_((slots[0],), x[:, None])
-        v_cache.flatten(0, 1).index_put_((slots[0],), torch.tanh(x)[:, None])
+        k_slots, v_slots = k_cache[:, 0].transpose(1, 2), v_cache[:, 0]  # [blocks, BLOCK, HIDDEN]
+        place = slots[0] // BLOCK, slots[0] % BLOCK
+        k_slots.index_put_(place, x)
+        v_slots.index_put_(place, torch.tanh(x))
         token = torch.arange(token_ids.shape[0])
         owner = torch.bucketize(token, query_start, right=True) - 1
         last = kv_lens[owner] - query_start[owner + 1] + token
-        keys, values = (cache[block_tables[0]].flatten(1, 2)[:, :, 0][owner] for cache in (k_cache, v_cache))
+        keys, values = (cache[block_tables[0]].flatten(1, 2)[owner] for cache in (k_slots, v_slots))
         seen = torch.arange(keys.shape[1]) <= last[:, None]
         scores = torch.einsum("th,tsh->ts", x, keys.masked_fill(~seen[:, :, None], 0)) * HIDDEN**-0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -88,7 +91,7 @@ def compile_step(folder: Path) -> str:
     """Compile TinyStep into `folder` without its weights; return the library's name."""
     sizes = (3,), (3,), (3,), (2,), (1, 3), (1, 2, 5), (2,)
     args = [torch.zeros(size, dtype=torch.long) for size in sizes]  # each its own: export takes one tensor twice for one input
-    args += [torch.zeros(7, BLOCK, 1, HIDDEN) for _ in "kv"]
+    args += [torch.zeros(7, *shape) for shape in cache_shapes(1, HIDDEN, BLOCK)]
     names = {name: Dim(name, min=1, max=1 << 20) for name in ("T", "N", "N1", "M", "R", "blocks")}
     dims = [{0: "T"}, {0: "T"}, {0: "N1"}, {0: "N"}, {1: "T"}, {1: "N", 2: "M"}, {0: "R"}, {0: "blocks"}, {0: "blocks"}]
     shapes = tuple({axis: names[name] for axis, name in dim.items()} for dim in dims)

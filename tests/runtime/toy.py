@@ -74,7 +74,8 @@ class ToyModel:
         (tokens, positions, query_start, kv_lens, slots, tables, rows), caches = inputs[:7], inputs[7:]
         assert all(t.dtype == torch.int64 and t.is_contiguous() and t.numel() for t in inputs[:7])
         assert tokens.shape == positions.shape == slots.shape[1:] and len(query_start) == len(kv_lens) + 1 == tables.shape[1] + 1
-        size = caches[0].shape[1]
+        caches = [cache.permute(0, 3, 1, 2) if i % 2 == 0 else cache.transpose(1, 2) for i, cache in enumerate(caches)]
+        size = caches[0].shape[1]  # each is [blocks, block_size, KV, D] now
         assert (slots >= size).all(), "a slot in block 0"
         assert all(len(group.unique()) == len(group) for group in slots), "a slot twice in one step"
         counts = query_start.diff()
@@ -86,7 +87,7 @@ class ToyModel:
             group = 0 if window else 1
             k_cache, v_cache = caches[2 * layer : 2 * layer + 2]
             for cache, new in zip((k_cache, v_cache), self.project(layer, x), strict=True):
-                cache.view(-1, *cache.shape[2:])[slots[group]] = new
+                cache[slots[group] // size, slots[group] % size] = new
             out = torch.empty_like(x)
             for n, length in enumerate(kv_lens.tolist()):
                 part = slice(query_start[n], query_start[n + 1])

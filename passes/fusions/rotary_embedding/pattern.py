@@ -42,7 +42,7 @@ def rotation(rotated: fx.Node) -> _Rotation:
         first, second = (uncast(part) for part in args_of(node)[0])
         if is_op(first, A.sub.Tensor) and is_op(second, A.add.Tensor):
             return _by_halves(first, second)
-        x, cos, sin = _by_rotate_half(the_op(first, "the rotated part of a partial rotation", A.add.Tensor))
+        x, cos, sin = rotation(first)  # the rotated part of a partial rotation
         part, rest = _slice_of(x), _slice_of(second)
         require(part is not None and rest is not None and part[0] is rest[0], "the two parts are not of one tensor", node)
         return as_node(part[0] if part else x), cos, sin

@@ -54,7 +54,9 @@ def _paged(
         columns = max(-(-(past + new) // block_size) for past, new in sequences) + 1
         table = torch.zeros(len(sequences), columns, dtype=torch.int64)
         blocks = (torch.randperm(len(sequences) * columns, generator=generator) + 1).view_as(table)
-        caches = [torch.full((1 + table.numel(), block_size, kv, dim), torch.nan, dtype=dtype) for _ in "kv"]
+        caches = [
+            torch.full((1 + table.numel(), kv, *tail), torch.nan, dtype=dtype) for tail in ((dim, block_size), (block_size, dim))
+        ]
         slots: list[int] = []
         for n, (past, new) in enumerate(sequences):
             oldest = max(0, past - window + 1) if window else 0
@@ -64,7 +66,7 @@ def _paged(
                 if key >= past:
                     slots.append(block * block_size + offset)
                 else:
-                    for cache in caches:
+                    for cache in _by_slot(*caches):
                         cache[block, offset] = torch.randn(kv, dim, generator=generator).to(dtype)
         starts = torch.tensor([0, *(new for _, new in sequences)]).cumsum(0)
         lengths = torch.tensor([past + new for past, new in sequences])
@@ -72,6 +74,11 @@ def _paged(
         return q, k, v, weights, *caches, starts, lengths, torch.tensor(slots + [-1] * padding), table, window, dim**-0.5
 
     return OpCase(name=name, op=PAGED, args=args, mutated=(4, 5))
+
+
+def _by_slot(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both caches seen as [blocks, block_size, KV, D]."""
+    return k_cache.permute(0, 3, 1, 2), v_cache.transpose(1, 2)
 
 
 def _attend(query: list[float], keys: list[list[float]], values: list[list[float]], sink: float | None, scale: float) -> Tensor:
@@ -109,6 +116,7 @@ def _naive_paged(
     window: int,
     scale: float,
 ) -> Tensor:
+    k_cache, v_cache = _by_slot(k_cache, v_cache)
     block_size, group = k_cache.shape[1], q.shape[1] // k.shape[1]
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:

@@ -46,18 +46,20 @@ def sink_attention(
 ) -> Tensor:
     """Write k and v into the paged cache, then return attention of the flat tokens over it, [T, NH, D], contiguous.
 
-    q [T, NH, D], k and v [T, KV, D], sink [NH]; k_cache and v_cache [blocks, block_size, KV, D] are changed in place. All
-    index tensors are int64: tokens query_start[n]..query_start[n + 1] are the last ones of sequence n, which counts
-    kv_lens[n] keys after this step (query_start [N + 1], kv_lens [N]); token t goes to slot slots[t] (block * block_size +
-    offset; -1 writes nothing; slots are unique otherwise); block_table [N, M] lists the blocks of each sequence. Token i of a
-    sequence sees its keys j with i - window < j <= i, all j <= i where window is 0. Sequences of kv_len 0, and tokens that
-    belong to no sequence, yield 0. What lies in slots that no token of this step sees has no influence, NaN included.
+    q [T, NH, D], k and v [T, KV, D], sink [NH]; k_cache [blocks, KV, D, block_size] and v_cache [blocks, KV, block_size, D],
+    in which a head's block lies in one piece, and keys so that products run along them, are changed in place. All index
+    tensors are int64: tokens query_start[n]..query_start[n + 1] are the last ones of sequence n, which counts kv_lens[n] keys
+    after this step (query_start [N + 1], kv_lens [N]); token t goes to slot slots[t] (block * block_size + offset; -1 writes
+    nothing; slots are unique otherwise); block_table [N, M] lists the blocks of each sequence. Token i of a sequence sees its
+    keys j with i - window < j <= i, all j <= i where window is 0. Sequences of kv_len 0, and tokens that belong to no
+    sequence, yield 0. What lies in slots that no token of this step sees has no influence, NaN included.
     Raises NotImplementedError off the CPU.
     """
     if q.device.type != "cpu":
         raise NotImplementedError(f"oxfuse::sink_attention has no kernel for device {q.device}; it runs on cpu.")
-    wide, (block_size, kv_heads) = torch.promote_types(q.dtype, torch.float32), k_cache.shape[1:3]
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    k_slots, v_slots = k_cache.permute(0, 3, 1, 2), v_cache.transpose(1, 2)  # [blocks, block_size, KV, D]
+    wide, (block_size, kv_heads) = torch.promote_types(q.dtype, torch.float32), k_slots.shape[1:3]
+    for new, cache in ((k, k_slots), (v, v_slots)):
         _store(new, cache, slots)
     token = torch.arange(q.shape[0], device=q.device)[:, None]  # [T, 1]
     # Gathered, not sliced: a slice would tie N + 1 to N, and the exporter cannot state that.
@@ -67,7 +69,7 @@ def sink_attention(
     visible = _visible(index[:, :, None], key, window)  # [T, N, L]
     seen = visible.any(0)[:, :, None, None]
     # Unseen slots are cleared, not only masked: 0 * NaN is NaN.
-    keys, values = (torch.where(seen, cache[block_table].flatten(1, 2).to(wide), 0) for cache in (k_cache, v_cache))
+    keys, values = (torch.where(seen, cache[block_table].flatten(1, 2).to(wide), 0) for cache in (k_slots, v_slots))
     grouped = q.to(wide).unflatten(1, (kv_heads, -1))  # [T, KV, G, D]
     scores = torch.einsum("tkgd,nlkd->tkgnl", grouped, keys) * scale
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
