@@ -17,6 +17,20 @@ from oxfuse.runtime.units import size_text
 
 REPORT_JSON = "report.json"
 REPORT_MD = "report.md"
+COMMANDS = {  # how a model of each task is tried
+    "text-generation": "generate . -p 'Once upon a time'",
+    "text-classification": "classify . -p 'What a film.'",
+    "token-classification": "tag . -p 'Ada Lovelace lived in London.'",
+    "question-answering": "answer . -p 'Since when?' --context 'It opened in 1884.'",
+    "feature-extraction": "embed . -p 'Once upon a time'",
+}
+VALUES = {  # what a row of a model's values is
+    "text-generation": "logits",
+    "text-classification": "label logits",
+    "token-classification": "label logits",
+    "question-answering": "start and end logits",
+    "feature-extraction": "hidden states",
+}
 NUMBER = re.compile(r"(?:\d[\d.,e+-]*(?: ?[kMG]?B| s|%)?|–)?")
 
 
@@ -40,10 +54,11 @@ class MemoryReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The artifact against the oracle over the golden rows: errors of the logits, and how often the best token agrees (0 to 1).
+    """The artifact against the oracle over the golden rows: errors of the values, and how often a row's largest agrees.
 
-    `reference_rms` and `reference_max` are those of the oracle's logits. All are None where the artifact could not run, and then
-    `reason` says why.
+    `top1` is that share, 0 to 1; the largest is the best token or label, and with other heads nothing, so `report.md` leaves it
+    out. `reference_rms` and `reference_max` are those of the oracle's values. All are None where the artifact could not run, and
+    then `reason` says why.
     """
 
     rows: int
@@ -101,20 +116,31 @@ def _sections(report: Report) -> Iterable[str]:
     yield f"A {model.model_type} model for {model.task}, compiled in {model.dtype} by {by}."
     most, batch, step = limits.max_context, limits.max_batch, limits.max_step_tokens
     yield f"Sequences of up to {most:,} tokens, {batch:,} at a time, {step:,} tokens a step."
-    yield _table(("in short", ""), [("accuracy", _accuracy_in_short(report.parity)), *_cost(report)])
+    yield _table(("in short", ""), [("accuracy", _accuracy_in_short(report)), *_cost(report)])
     yield "To try it, in this folder:"
-    yield "    oxfuse generate . -p 'Once upon a time'\n    oxfuse verify .      # measures the accuracy again, on this machine"
+    trial = COMMANDS.get(model.task, COMMANDS["text-generation"])
+    yield f"    oxfuse {trial}\n    oxfuse verify .      # measures the accuracy again, on this machine"
     if report.notes:
         yield _bullets(report.notes)
-    yield from _accuracy(report.parity)
+    yield from _accuracy(report)
     yield from _what_was_done(report)
     yield from _what_it_is(report)
 
 
-def _accuracy_in_short(parity: Parity) -> str:
+def _best(model: ModelSpec) -> str | None:
+    """Return what the largest value of a row is, None where it says nothing."""
+    if model.task == "text-generation":
+        return "token"
+    chooses = len(model.labels) > 1 and model.problem_type in (None, "single_label_classification")
+    return "label" if chooses or model.task == "token-classification" else None
+
+
+def _accuracy_in_short(report: Report) -> str:
+    parity, best = report.parity, _best(report.model)
     if parity.top1 is None or parity.rms is None or parity.reference_rms is None:
         return "not measured, see below"
-    return f"RMS error {_share(parity.rms, parity.reference_rms)} of the reference's, best token the same in {parity.top1:.1%}"
+    same = f", best {best} the same in {parity.top1:.1%}" if best else ""
+    return f"RMS error {_share(parity.rms, parity.reference_rms)} of the reference's{same}"
 
 
 def _cost(report: Report) -> Iterable[tuple[str, str]]:
@@ -128,15 +154,17 @@ def _cost(report: Report) -> Iterable[tuple[str, str]]:
     yield "compiling took", f"{sum(report.seconds.values()):.0f} s{memory}"
 
 
-def _accuracy(parity: Parity) -> Iterable[str]:
+def _accuracy(report: Report) -> Iterable[str]:
+    parity, best = report.parity, _best(report.model)
     yield "## Accuracy"
     if parity.reason is not None:
         yield f"Not measured: {parity.reason} `oxfuse verify` measures it where the artifact can run."
         return
     assert parity.rms is not None and parity.max is not None and parity.top1 is not None
     assert parity.reference_rms is not None and parity.reference_max is not None
+    values = VALUES.get(report.model.task, "values")
     yield (
-        f"{parity.rows} rows of logits for seeded tokens, against the plain PyTorch reference in float32, which was run on the "
+        f"{parity.rows} rows of {values} for seeded tokens, against the plain PyTorch reference in float32, which was run on the "
         "checkpoint's own weights while compiling (`golden.safetensors`)."
     )
     yield _table(
@@ -146,7 +174,8 @@ def _accuracy(parity: Parity) -> Iterable[str]:
             ("largest", f"{parity.max:.3g}", f"{parity.reference_max:.3g}", _share(parity.max, parity.reference_max)),
         ],
     )
-    yield f"The best token is the same in {parity.top1:.1%} of the rows."
+    if best:
+        yield f"The best {best} is the same in {parity.top1:.1%} of the rows."
 
 
 def _share(part: float, whole: float) -> str:

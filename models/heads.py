@@ -28,7 +28,7 @@ Output = TypeVar("Output", bound=ModelOutput)
 
 
 class Headed(Reference):
-    """Base of a body with a head. `body_name` and `heads[0]` are the attributes that hold them."""
+    """Base of a body with a head. `body_name` and `heads[0]` are the attributes that hold them, neither called body or head."""
 
     body_name: ClassVar[str]
 

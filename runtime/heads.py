@@ -6,8 +6,11 @@ places in the text: `text[start:end]` counts characters of what the caller gave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,22 +102,41 @@ class Encoded:
 
 def encode_texts(texts: Text | Sequence[Text], tokenizer: TextTokenizer | None, vocab_size: int, longest: int) -> list[Encoded]:
     """Return one text, or each of several, as tokens. Raises UserError where one is empty, too long, or needs a tokenizer."""
-    single = isinstance(texts, str | Tensor) or (len(texts) > 0 and all(isinstance(t, int) for t in texts))
+    many = _split(texts)
     found = []
-    for number, text in enumerate([texts] if single else texts):
+    for number, text in enumerate(many, 1):
+        name = "The text" if len(many) == 1 else f"Text {number} of {len(many)}"
+        ids: TokenIds = text
+        offsets: list[tuple[int, int]] = []
         if isinstance(text, str):
             if tokenizer is None:
                 raise UserError("The artifact has no tokenizer: give token ids, or compile with --tokenizer.")
             ids, offsets = tokenizer.encode_with_offsets(text)
-            entry = Encoded(text=text, ids=ids, offsets=offsets)
-        else:
-            entry = Encoded(text="", ids=token_list(text, vocab_size), offsets=[])
-        if not 0 < len(entry.ids) <= longest:
-            raise UserError(f"Text {number} has {len(entry.ids)} tokens; give 1 to {longest}, the artifact's max_context.")
-        found.append(entry)
-    if not found:
-        raise UserError("There are no texts: give at least one.")
+            if not ids:
+                raise UserError(f"{name} has no tokens: give one that is not empty.")
+        elif isinstance(text, (bytes, bytearray, Mapping)):
+            raise UserError(f"{name} is {text!r:.60}: give a text or token ids.")
+        tokens = token_list(ids, vocab_size)  # of a text too: a tokenizer may know more tokens than the model
+        if len(tokens) > longest:
+            raise UserError(
+                f"{name} has {len(tokens)} tokens, max_context is {longest}: shorten it, or compile with a larger one."
+            )
+        found.append(Encoded(text=text if isinstance(text, str) else "", ids=tokens, offsets=offsets))
     return found
+
+
+def _split(texts: Any) -> list[Any]:
+    """Return the texts one by one: a string, or ids (whole numbers, or a tensor of them) is one."""
+    if isinstance(texts, str) or (isinstance(texts, Tensor) and texts.dim() == 1):
+        return [texts]
+    single = isinstance(texts, (bytes, bytearray, Mapping, AbstractSet)) or (isinstance(texts, Tensor) and texts.dim() == 0)
+    if single or not isinstance(texts, Iterable):
+        raise UserError(f"The text is {texts!r:.60}: give a text or token ids, or a list of them.")
+    many = list(texts)
+    if not many:
+        raise UserError("There are no texts: give at least one.")
+    is_number = hasattr(many[0], "__index__") and getattr(many[0], "ndim", 0) == 0  # arrays have the method, whatever their shape
+    return [many] if is_number else many
 
 
 def problem_type(model: ModelSpec) -> str:
@@ -131,10 +153,13 @@ def classification(values: Tensor, model: ModelSpec) -> Classification:
         scores = values.sigmoid()
     else:
         scores = values.softmax(-1)
-    named = dict(zip(model.labels, scores.tolist(), strict=True))
-    label = max(named, key=named.__getitem__)
-    some = tuple(name for name, score in named.items() if score > 0.5) if kind == "multi_label_classification" else (label,)
-    return Classification(label=label, score=named[label], labels=some, scores=named)
+    values_of = list(zip(model.labels, scores.tolist(), strict=True))
+    label, score = max(values_of, key=lambda item: item[1])
+    named: dict[str, float] = {}
+    for name, value in values_of:  # two labels of one name are one, as likely as the likelier
+        named[name] = max(value, named.get(name, value))
+    some = tuple(name for name, value in named.items() if value > 0.5) if kind == "multi_label_classification" else (label,)
+    return Classification(label=label, score=score, labels=some, scores=named)
 
 
 def tagging(encoded: Encoded, values: Tensor, labels: Sequence[str]) -> Tagging:
@@ -188,17 +213,26 @@ class Window:
     offsets: list[tuple[int, int]]
 
 
-def windows(question: str, context: str, tokenizer: TextTokenizer | None, longest: int) -> list[Window]:
+def windows(question: str, context: str, tokenizer: TextTokenizer | None, vocab_size: int, longest: int) -> list[Window]:
     """Return the runs that cover the context, each of at most `longest` tokens. Raises UserError if the question fills that."""
+    for name, text in (("question", question), ("context", context)):
+        if not isinstance(text, str):
+            raise UserError(f"The {name} is {text!r:.60}: give a text.")
     if tokenizer is None:
         raise UserError("The artifact has no tokenizer, which an answer needs: compile with --tokenizer.")
-    ids, offsets, of_context = tokenizer.encode_pair(question, context)
-    if not any(of_context):
-        raise UserError("The context has no tokens: give the text in which the answer is to be found.")
+    if not question.strip():
+        raise UserError("The question is empty: give the text of a question.")
+    found_ids, offsets, of_context = tokenizer.encode_pair(question, context)
+    if not any(of_context) or not context.strip():
+        raise UserError("The context is empty: give the text in which the answer is to be found.")
+    ids = token_list(found_ids, vocab_size)  # a tokenizer may know more tokens than the model
     first, last = of_context.index(True), len(ids) - of_context[::-1].index(True)
     room = longest - first - (len(ids) - last)
     if room < 1:
-        raise UserError(f"The question has {first} tokens, which leaves no room in a max_context of {longest}: shorten it.")
+        raise UserError(
+            f"The question takes {longest - room} tokens, which leaves no room for the context in a max_context of {longest}: "
+            "shorten it, or compile with a larger one."
+        )
     step = max(1, room - min(LARGEST_OVERLAP, room // 2))
     starts = range(first, last, step) if last - first > room else [first]
     found = []
@@ -211,19 +245,43 @@ def windows(question: str, context: str, tokenizer: TextTokenizer | None, longes
 
 
 def answer(context: str, parts: Sequence[Window], values: Sequence[Tensor], *, most_tokens: int, top_k: int) -> Answer:
-    """Return the best span of up to `most_tokens` tokens over all windows, values float32 [T, 2], with `top_k` - 1 others."""
+    """Return the best span of up to `most_tokens` tokens over all windows, values float32 [T, 2], with `top_k` - 1 others.
+
+    A span's score is softmax(start)[i] * softmax(end)[j], i <= j < i + most_tokens, over the tokens of the window's context, as
+    in transformers' question-answering pipeline (until 4.57). Spans of one text at one place, as of white space before a word,
+    count once.
+    """
     found: dict[tuple[int, int], float] = {}
     for window, value in zip(parts, values, strict=True):
         count = len(window.offsets)
         begin, end = value[window.first : window.first + count].softmax(0).unbind(-1)
-        scores = torch.outer(begin, end).triu().tril(most_tokens - 1)
-        for flat in scores.flatten().topk(min(top_k + 8, count * count)).indices.tolist():
-            i, j = divmod(flat, count)
-            place = _trimmed(context, window.offsets[i][0], window.offsets[j][1])
-            if i <= j < i + most_tokens and place[1] > place[0]:
-                found[place] = max(found.get(place, 0.0), float(scores[i, j]))
+        for place, score in _best_spans(context, window.offsets, begin, end, min(most_tokens, count), top_k).items():
+            found[place] = max(found.get(place, 0.0), score)
     ranked = sorted(found, key=lambda place: (-found[place], place))[:top_k]
     if not ranked:
-        raise UserError("No span of the context could be chosen: it holds no text besides special tokens. Give another context.")
+        raise UserError("No span of the context could be chosen: its tokens hold no text. Give another context.")
     first, *others = (Answer(text=context[a:b], start=a, end=b, score=found[a, b]) for a, b in ranked)
-    return Answer(text=first.text, start=first.start, end=first.end, score=first.score, alternatives=tuple(others))
+    return dataclasses.replace(first, alternatives=tuple(others))
+
+
+def _best_spans(
+    context: str, offsets: Sequence[tuple[int, int]], begin: Tensor, end: Tensor, width: int, top_k: int
+) -> dict[tuple[int, int], float]:
+    """Return the places of the `top_k` best spans of up to `width` tokens, and their scores; begin, end float32 [T]."""
+    count = len(offsets)
+    padded = torch.nn.functional.pad(end, (0, width - 1), value=-1.0)
+    scores = begin[:, None] * padded.unfold(0, width, 1)  # [T, width]: not [T, T], which a long context has no memory for
+    scores = scores.masked_fill(torch.arange(count)[:, None] + torch.arange(width) >= count, -1.0).flatten()
+    taken, asked = dict[tuple[int, int], float](), 4 * top_k
+    while True:
+        best = scores.topk(min(asked, len(scores)))
+        for flat, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            i, further = divmod(flat, width)
+            if score < 0 or len(taken) == top_k:  # < 0: beyond the last token
+                return taken
+            place = _trimmed(context, offsets[i][0], offsets[i + further][1])
+            if place[1] > place[0]:
+                taken.setdefault(place, score)
+        if len(best.indices) == len(scores):
+            return taken
+        asked, taken = 4 * asked, {}  # too many of them were white space, or the same text again

@@ -152,10 +152,13 @@ class CompiledModel:
         ids = [int(token) for token in padded]
         last = next((i for i in reversed(range(len(ids))) if ids[i] != self._pad), 0) if self._pad is not None else len(ids) - 1
         if not 0 <= last - row.offset < len(row.tokens):
-            raise UserError(
-                f"Row {number}: the rightmost token that is not padding ({self._pad}) is at index {last}, which attention_mask "
-                "hides. Give a mask that shows it, or the padding token behind it."
-            )
+            if self._pad is None:
+                what = "the model has no padding token, so it looks at the row's last token"
+                remedy = "Give rows without padding: they may have any lengths"
+            else:
+                what = f"the rightmost token that is not padding ({self._pad})"
+                remedy = f"Give a mask that shows it, or {self._pad} where the mask is 0"
+            raise UserError(f"Row {number}: {what}, at index {last}, which attention_mask hides. {remedy}.")
         return last - row.offset
 
     def row_logits(
@@ -303,7 +306,7 @@ class CompiledModel:
         for name, number in (("max_answer_tokens", max_answer_tokens), ("top_k", top_k)):
             if type(number) is not int or number < 1:
                 raise UserError(f"{name} is {number!r}: give a whole number >= 1.")
-        parts = windows(question, context, self.tokenizer, self.max_context)
+        parts = windows(question, context, self.tokenizer, self.vocab_size, self.max_context)
         values = self._values([part.ids for part in parts])
         return find_answer(context, parts, values, most_tokens=max_answer_tokens, top_k=top_k)
 
@@ -417,7 +420,7 @@ def load(
     return CompiledModel(
         Engine(step, manifest.cache, manifest.limits, cache_bytes=cache_bytes, threads=threads),
         vocab_size=manifest.model.vocab_size,
-        width=_width(program),
+        width=_width(program, manifest.model),
         generation=manifest.generation,
         tokenizer=TextTokenizer.open([folder / name for name in manifest.tokenizer_files]),
         manifest=manifest,
@@ -425,15 +428,27 @@ def load(
     )
 
 
-def _width(program: ProgramSpec) -> int:
-    """Return how many values the program gives for a token. Raises UserError if its output is something else."""
+def _width(program: ProgramSpec, model: ModelSpec) -> int:
+    """Return how many values the program gives for a token. Raises UserError if its output is not what the task asks for."""
     shapes = [output.shape for output in program.outputs]
-    if len(shapes) == 1 and len(shapes[0]) == 2 and isinstance(shapes[0][1], int) and shapes[0][1] > 0:
-        return shapes[0][1]
-    raise UserError(
-        f"The program {program.name!s:.60} has outputs of shape {shown(shapes)}, expected one of rows by values: the manifest is "
-        "damaged. Compile the checkpoint again."
-    )
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not isinstance(shapes[0][1], int) or shapes[0][1] < 1:
+        raise UserError(
+            f"The program {program.name!s:.60} has outputs of shape {shown(shapes)}, expected one of rows by values: the "
+            "manifest is damaged. Compile the checkpoint again."
+        )
+    width, labels = shapes[0][1], len(model.labels)
+    expected = {
+        "text-generation": model.vocab_size,
+        "text-classification": labels,
+        "token-classification": labels,
+        "question-answering": 2,
+    }.get(model.task, width)
+    if width != expected:
+        raise UserError(
+            f"The program {program.name!s:.60} gives {width} values for a token, expected {expected} for {model.task!s:.60}: the "
+            "manifest is damaged. Compile the checkpoint again."
+        )
+    return width
 
 
 def choose_program(manifest: Manifest, device: str | None) -> ProgramSpec:

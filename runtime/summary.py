@@ -16,7 +16,7 @@ from oxfuse.runtime.cache_size import block_bytes, prefill_chunk, sequence_block
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.host import misfits, torch_version
 from oxfuse.runtime.machine import Memory, memory
-from oxfuse.runtime.manifest import Manifest
+from oxfuse.runtime.manifest import Manifest, ModelSpec
 from oxfuse.runtime.units import count_text, item_bytes, size_text
 
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -39,6 +39,9 @@ SHAPE = (
     "num_experts_per_tok",
 )
 """Fields of a Hugging Face configuration that say how large a model is; kv heads and head sizes stand in the cache's spec."""
+
+MOST_LABELS = 12
+"""Labels that are named for a person; --json has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,19 +219,41 @@ def _model(summary: Summary, manifest: Manifest) -> Iterator[str]:
     yield _row("layers", f"{summary.layers}: {', '.join(kinds)}")
     heads = f"{count_text(shape['num_attention_heads'], 'query head')}, " if "num_attention_heads" in shape else ""
     yield _row("attention", f"{heads}{_numbers(summary.kv_heads)} key-value heads, of {_numbers(summary.head_dim)}")
-    if "num_local_experts" in shape:
+    experts = "num_local_experts" in shape
+    if experts:
         active = f", {shape['num_experts_per_tok']} for each token" if "num_experts_per_tok" in shape else ""
         width = f", {shape['intermediate_size']:,} wide" if "intermediate_size" in shape else ""
         stored = f", {summary.quantization}" if summary.quantization else ""
         yield _row("experts", f"{shape['num_local_experts']} in a layer{active}{width}{stored}")
     hidden = f"hidden {shape['hidden_size']:,}, " if "hidden_size" in shape else ""
-    yield _row("sizes", f"{hidden}vocabulary {manifest.model.vocab_size:,}")
+    inner = f"feed-forward {shape['intermediate_size']:,}, " if "intermediate_size" in shape and not experts else ""
+    yield _row("sizes", f"{hidden}{inner}vocabulary {manifest.model.vocab_size:,}")
+    yield from _outputs(manifest.model)
     yield _row(
         "limits",
         f"sequences of {limits.max_context:,} tokens; {limits.max_batch} sequences and "
         f"{limits.max_step_tokens:,} tokens in a step",
     )
     yield _row("tokenizer", ", ".join(manifest.tokenizer_files) or "none: prompts are token ids")
+
+
+def _outputs(model: ModelSpec) -> Iterator[str]:
+    """Tell what a model with another head than the language model's gives, and of which tokens."""
+    where = "of a text, from its rightmost token that is not padding" if model.pooling == "rightmost" else "of each token"
+    pad = model.config.get("pad_token_id")
+    if model.pooling == "rightmost":
+        where += f" (id {pad})" if pad is not None else " (no token is)"
+    if model.labels:
+        kind = model.problem_type or ("regression" if len(model.labels) == 1 else "")
+        count = count_text(len(model.labels), "label")
+        how = {"regression": "a value for", "multi_label_classification": "any of"}.get(kind, "one of")
+        yield _row("gives", f"{how} {count}, {where}")
+        rest = len(model.labels) - MOST_LABELS
+        yield _row("labels", ", ".join(model.labels[:MOST_LABELS]) + (f", and {rest:,} more" if rest > 0 else ""))
+    elif model.task == "question-answering":
+        yield _row("gives", f"start and end of the answer, {where}")
+    elif model.task == "feature-extraction":
+        yield _row("gives", f"the last hidden state, {where}")
 
 
 def _window(window: int) -> str:

@@ -9,9 +9,9 @@ import pytest
 
 import oxfuse
 
-from .parity.cases import CASES, Case
+from .parity.cases import CASES, NEOX_CASES, Case
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in [*CASES, *NEOX_CASES]}
 Compiled = tuple[Case, Path, Path]
 
 

@@ -40,7 +40,7 @@ HEADS = {
     "question-answering": "GPTNeoXForQuestionAnswering",
     "feature-extraction": "GPTNeoXModel",
 }
-_GAIN = 1.5
+_GAIN = 3.0
 
 
 def random_gpt_neox(

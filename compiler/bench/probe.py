@@ -31,10 +31,12 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:
     return PROBE_BYTES / _fastest(probes, threads, rounds)
 
 
-def matmul_peak(threads: int, size: int = 1536, rounds: int = 3) -> float:
-    """Return the floating-point operations a second of torch's best square matmul, float32 or bfloat16. Restores the threads."""
+def matmul_peak(
+    threads: int, size: int = 1536, rounds: int = 3, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+) -> float:
+    """Return the floating-point operations a second of torch's best square matmul in any of `dtypes`. Restores the threads."""
     products = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
         products.append(functools.partial(torch.mm, a, b))
     return float(2 * size**3 / _fastest(products, threads, rounds))

@@ -1,6 +1,7 @@
 """Random checkpoints of any size, streamed to disk: what the benchmarks compile when no real one is at hand.
 
-In: how large, and what differs from the 20b layer shape. Out: a folder as the hub has it, MXFP4 experts and bfloat16 besides.
+In: how large, and what differs from the 20b layer shape, or a model of another kind. Out: a folder as the hub has it, experts in
+MXFP4 and all else in bfloat16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oxfuse.compiler.weight_file import PIECE, WeightEntry, write_weights
 from oxfuse.models.contract import Experts, lookup
@@ -39,6 +40,8 @@ SHAPE_20B: dict[str, Any] = {
 SCALES = {"gate_up_proj": (118, 123), "down_proj": (114, 119)}
 """e8m0 bytes. What layers add is a tenth of the embedding: where random layers outweigh it, one token routed otherwise in
 bfloat16 changes all that follows, and comparing logits would mean nothing."""
+ADDED = ("o_proj", "experts", "attention.dense.", "dense_4h_to_h")
+"""Parts of the names of what is added to the stream."""
 
 
 def layers_of(body_bytes: int, **config: Any) -> int:
@@ -50,17 +53,23 @@ def layers_of(body_bytes: int, **config: Any) -> int:
 def write_checkpoint(folder: Path, layers: int, seed: int = 0, **config: Any) -> int:
     """Stream a random checkpoint to `folder`, which is made; return the bytes of its layers, without embedding and head.
 
-    `config` overrides the 20b shape. Never more than a piece of a tensor is in memory.
+    `config` overrides the 20b shape, or is the whole config.json where it names another `model_type`. Never more than a piece of a tensor is in memory.
     """
     tensors = _entries(layers, seed, config)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**SHAPE_20B, **config, "num_hidden_layers": layers}, indent=1))
+    (folder / "config.json").write_text(json.dumps(_full(layers, config), indent=1))
     write_weights(folder / "model.safetensors", tensors)
     return _body(tensors)
 
 
+def _full(layers: int, config: dict[str, Any]) -> dict[str, Any]:
+    kind = SHAPE_20B["model_type"]
+    base = SHAPE_20B if config.get("model_type", kind) == kind else {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    return {**base, **config, "num_hidden_layers": layers}
+
+
 def _entries(layers: int, seed: int, config: dict[str, Any]) -> dict[str, WeightEntry]:
-    full = {**SHAPE_20B, **config, "num_hidden_layers": layers}
+    full = _full(layers, config)
     contract = lookup(full["model_type"])
     model = meta_model(contract, contract.parse_config(full), contract.default_task, torch.bfloat16)
     quantised = {
@@ -69,6 +78,7 @@ def _entries(layers: int, seed: int, config: dict[str, Any]) -> dict[str, Weight
         if isinstance(module, Experts)
         for leaf in ("gate_up_proj", "down_proj")
     }
+    embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, parameter in model.named_parameters():
@@ -78,9 +88,10 @@ def _entries(layers: int, seed: int, config: dict[str, Any]) -> dict[str, Weight
                 limits = (0, 256) if part == "blocks" else SCALES[name.rpartition(".")[2]]
                 made[f"{name}_{part}"] = _random(stored.shape, torch.uint8, generator, limits=limits)
         else:
-            scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.02
-            scale *= 0.1 if "o_proj" in name or "experts" in name else 1.0
-            made[name] = _random(tuple(parameter.shape), torch.bfloat16, generator, scale=scale, mean=float("norm" in name))
+            scale = 1.0 if name in embeddings else parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.02
+            scale *= 0.1 if any(part in name for part in ADDED) else 1.0
+            mean = float("norm" in name and name.endswith("weight"))
+            made[name] = _random(tuple(parameter.shape), torch.bfloat16, generator, scale=scale, mean=mean)
     return made
 
 

@@ -14,10 +14,10 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,9 @@ OURS, PEER = "oxfuse", "transformers"
 VECTOR_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 ATTEMPTS = 3  # to take a sample undisturbed
 TRIAL_TOKENS = 4  # decoded to find an engine's best implementation
+WORKER = "oxfuse.compiler.bench.worker"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +164,9 @@ class SpeedResult:
 class Worker:
     """An engine in a process of its own."""
 
-    def __init__(self, engine: str, folder: Path, threads: int) -> None:
-        """Start it. Raises UserError with the reason if the engine cannot run here."""
-        command = [sys.executable, "-m", "oxfuse.compiler.bench.worker", engine, str(folder), str(threads)]
+    def __init__(self, engine: str, folder: Path, threads: int, *more: str, module: str = WORKER) -> None:
+        """Start it; `more` are further arguments of the `module`. Raises UserError with the reason if it cannot run here."""
+        command = [sys.executable, "-m", module, engine, str(folder), str(threads), *more]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -196,8 +199,10 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it may be gone
+            self.process.stdin.close()
+        self.process.stdout.close()
         self.process.terminate()
         self.process.wait()
 
@@ -258,13 +263,13 @@ def measure_speed(artifact: Path, plan: Plan, *, checkpoint: Path | None = None,
         names = {worker.engine: worker.name for worker in workers}
     return SpeedResult(
         artifact=manifest.name,
-        machine={"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "system": platform.platform()},
+        machine=machine_facts(),
         threads=plan.threads,
         bandwidth=bandwidth,
         peak=peak,
         engines=names,
         missing=missing,
-        agreement=_correlation(*logits.values()) if len(logits) == 2 else None,
+        agreement=correlation(*logits.values()) if len(logits) == 2 else None,
         figures=figures,
     )
 
@@ -285,22 +290,37 @@ def _best_implementation(worker: Worker, phase: str, size: int) -> str:
 
 
 def _sample(worker: Worker, figure: Figure, plan: Plan, load: ForeignLoad) -> None:
-    """Take one sample; one more for each that was disturbed, up to ATTEMPTS."""
-    for _ in range(ATTEMPTS):
-        load.wait(DISTURBED)
+    """Take one sample."""
+
+    def take() -> float:
         if figure.phase == "prefill":
-            value = worker.ask(do="prefill", tokens=figure.size)["seconds"] / figure.size
-        else:
-            value = statistics.median(worker.ask(do="decode", tokens=plan.tokens)["seconds"])
+            seconds: float = worker.ask(do="prefill", tokens=figure.size)["seconds"]
+            return seconds / figure.size
+        return statistics.median(worker.ask(do="decode", tokens=plan.tokens)["seconds"])
+
+    value, disturbed = take_quietly(take, load)
+    figure.samples.append(value)
+    figure.discarded += disturbed
+
+
+def take_quietly(take: Callable[[], T], load: ForeignLoad, attempts: int = ATTEMPTS) -> tuple[T, int]:
+    """Take a sample; another for each that was disturbed, up to `attempts`. Return the last, and how many were disturbed."""
+    for disturbed in range(attempts):
+        load.wait(DISTURBED)
+        value = take()
         foreign = load.look()
         if foreign is None or foreign < DISTURBED:
-            figure.samples.append(value)
-            return
-        figure.discarded += 1
-    figure.samples.append(value)  # the machine does not get quieter: the count of discarded ones says so
+            return value, disturbed
+    return value, attempts  # the machine does not get quieter: the count of disturbed ones says so
 
 
-def _correlation(a: list[float], b: list[float]) -> float:
+def machine_facts() -> dict[str, Any]:
+    """Return what figures depend on besides the engines."""
+    return {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__, "system": platform.platform()}
+
+
+def correlation(a: list[float], b: list[float]) -> float:
+    """Return how alike two lists of logits are, 1 where one is the other times a number."""
     return float(torch.corrcoef(torch.tensor([a, b], dtype=torch.float64))[0, 1])
 
 

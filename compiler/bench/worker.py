@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -71,24 +71,11 @@ class Transformers:
 
     def __init__(self, folder: Path, threads: int) -> None:
         import transformers
-        from transformers import AutoConfig, AutoModelForCausalLM
 
-        from oxfuse.models.checkpoint import Checkpoint
-        from oxfuse.models.contract import lookup
-
-        transformers.logging.set_verbosity_error()
         torch.set_num_threads(threads)
         self.name = f"transformers {transformers.__version__}"
-        config = AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # loading MXFP4 needs a further package; the values come from our own reader
-        self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        checkpoint = Checkpoint.open(folder)
-        contract = lookup(config.model_type)
-        sources = contract.sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(sources[name].read())
+        self._model = transformers_model(folder, torch.bfloat16)
+        config = self._model.config
         self.implementations: tuple[str, ...] = (
             ("grouped_mm", "batched_mm", "eager") if hasattr(config, "num_experts_per_tok") else ()
         )
@@ -118,6 +105,29 @@ class Transformers:
         return logits
 
 
+def transformers_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """Return transformers' language model of a checkpoint, in eval mode; `attention` is its implementation, None its own choice."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "quantization_config"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    from oxfuse.models.checkpoint import Checkpoint
+    from oxfuse.models.contract import lookup
+
+    del config.quantization_config  # loading MXFP4 needs a further package; the values come from our own reader
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    checkpoint = Checkpoint.open(folder)
+    contract = lookup(config.model_type)
+    sources = contract.sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(sources[name].read())
+    return model
+
+
 ENGINES: dict[str, Callable[[Path, int], Engine]] = {"oxfuse": Oxfuse, "transformers": Transformers}
 
 
@@ -143,27 +153,42 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "logits": logits.tolist()} if request["do"] == "prefill" else {}
 
 
+class Named(Protocol):
+    """What the first answer says."""
+
+    name: str
+    implementations: tuple[str, ...]
+
+
+E = TypeVar("E", bound=Named)
+
+
 @torch.no_grad()
-def main() -> None:
-    """Serve requests until standard input ends."""
-    kind, folder, threads = sys.argv[1:]
+def serve(build: Callable[[], E], answer: Callable[[E, dict[str, Any]], dict[str, Any]]) -> None:
+    """Build the engine and answer requests until standard input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not come between the answers
 
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
+    def say(told: dict[str, Any]) -> None:
+        answers.write(json.dumps(told) + "\n")
         answers.flush()
 
     try:
-        engine = ENGINES[kind](Path(folder), int(threads))
+        engine = build()
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         return
     say({"name": engine.name, "implementations": engine.implementations})
     for line in sys.stdin:
         try:
-            say(_answer(engine, json.loads(line)))
+            say(answer(engine, json.loads(line)))
         except Exception as error:
             say({"error": f"{type(error).__name__}: {error}"})
+
+
+def main() -> None:
+    """Serve the engine that the command line names."""
+    kind, folder, threads = sys.argv[1:]
+    serve(lambda: ENGINES[kind](Path(folder), int(threads)), _answer)
 
 
 if __name__ == "__main__":

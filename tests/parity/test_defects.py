@@ -14,10 +14,10 @@ from torch import Tensor, fx
 from oxfuse.passes.fusions.moe_dispatch import reference as moe
 from oxfuse.runtime import CompiledModel
 
-from .cases import CASES, Case, assert_logits, assert_parity
+from .cases import CASES, NEOX_CASES, Case, assert_logits, assert_parity
 from .fused import fused_model
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in [*CASES, *NEOX_CASES]}
 
 
 def calls(step: fx.GraphModule, op: str) -> list[fx.Node]:
@@ -68,6 +68,18 @@ def ignore_positions(step: fx.GraphModule, values: dict[str, Tensor]) -> None:
         node.update_arg(2, wrong)
 
 
+def split_globally(step: fx.GraphModule, values: dict[str, Tensor]) -> None:
+    """Read the fused projection as all of q, then all of k, then all of v."""
+    for name, value in values.items():
+        if "query_key_value" in name:
+            values[name] = value.unflatten(0, (3, 4, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def without_final_norm(step: fx.GraphModule, values: dict[str, Tensor]) -> None:
+    last = [n for n in step.graph.nodes if str(n.target) == "aten.layer_norm.default"][-1]
+    last.replace_all_uses_with(last.args[0])
+
+
 def one_table_entry_off(run):
     def step(inputs: list[Tensor]) -> Tensor:
         tables = inputs[5].clone()
@@ -92,12 +104,19 @@ GRAPH = {
     "nibbles swapped": ("mxfp4", swap_nibbles),
     "tied head": ("base", tie_head),
     "positions ignored": ("base", ignore_positions),
+    "q, k and v split globally": ("neox", split_globally),
+    "no final norm": ("neox", without_final_norm),
     "cos and sin not scaled": ("base", set_args("rotary_embedding", scale=(4, lambda scale: 1.0))),
 }
 CONFIG = {
     "YaRN skipped": ("base", rope(rope_type="default")),
     "truncate flipped": ("base", rope(truncate=True)),
     "truncate flipped back": ("truncate", lambda config: config["rope_scaling"].update(truncate=False)),
+    "whole heads turned": ("neox", lambda config: config.update(rotary_pct=1.0)),
+    "tanh for erf gelu": ("neox", lambda config: config.update(hidden_act="gelu_fast")),
+    "erf for tanh gelu": ("gelu_fast", lambda config: config.update(hidden_act="gelu")),
+    "sequential for parallel": ("neox", lambda config: config.update(use_parallel_residual=False)),
+    "parallel for sequential": ("sequential", lambda config: config.update(use_parallel_residual=True)),
     "betas swapped": ("base", rope(beta_fast=1.0, beta_slow=32.0)),
 }
 

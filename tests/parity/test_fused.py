@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from .cases import CASES, Case, assert_logits, assert_parity
+from .cases import CASES, NEOX_CASES, Case, assert_logits, assert_parity
 from .fused import fused_model
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *NEOX_CASES], ids=lambda case: case.name)
 def test_fused_graph_equals_transformers(case: Case, ops, tmp_path):
     folder = case.write(tmp_path / "checkpoint")
     assert_parity(fused_model(folder, ops), case.transformers(folder, tmp_path / "theirs"), case, folder)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[11]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[11], NEOX_CASES[6]], ids=lambda case: case.name)
 def test_the_reference_ops_do_so_too(case: Case, tmp_path):
     folder = case.write(tmp_path / "checkpoint")
     assert_logits(fused_model(folder), case.transformers(folder, tmp_path / "theirs"), case)

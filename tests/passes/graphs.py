@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from oxfuse.passes.weights import WeightTable
 
@@ -44,6 +44,21 @@ def transformers_gpt_oss(experts: str = "grouped_mm", dtype: torch.dtype = torch
             p.normal_("norm" in name, 1 if "sink" in name else 0.2)
         else:
             p.normal_(0, 1 if "embed" in name else 2 * p.shape[-2 if p.dim() == 3 else -1] ** -0.5)
+    return model.to(dtype)
+
+
+def transformers_gpt_neox(attention: str = "eager", dtype: torch.dtype = torch.float32, **overrides: object) -> nn.Module:
+    """Return transformers' model with random weights; logits have a standard deviation of about 2."""
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=3, vocab_size=211, hidden_size=64, num_attention_heads=4, intermediate_size=112)
+    config = GPTNeoXConfig(**{**sizes, "max_position_embeddings": 384, "use_cache": False, **overrides})
+    config._attn_implementation = attention
+    model = GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.normal_("norm" in name and "weight" in name, 0.2)
+        else:
+            p.normal_(0, 1 if "embed_in" in name else 2 * p.shape[-1] ** -0.5)
     return model.to(dtype)
 
 

@@ -8,14 +8,14 @@ import torch
 from oxfuse.passes.manager import run_passes
 from oxfuse.passes.weights import table_of
 
-from .graphs import FUSIONS, WINDOW, bind, export_causal, transformers_gpt_oss
+from .graphs import FUSIONS, WINDOW, bind, export_causal, transformers_gpt_neox, transformers_gpt_oss
 
 
-def fused(model, batched=False):
+def fused(model, batched=False, requested=FUSIONS):
     module = export_causal(model, batched)
     state = dict([*model.named_parameters(), *model.named_buffers()])
     weights = table_of(state, {}, frozenset(dict(model.named_buffers())))
-    results = {r.name: r for r in run_passes(module, weights, requested=FUSIONS)}
+    results = {r.name: r for r in run_passes(module, weights, requested=requested)}
     bind(module, weights, state)
     return module, results
 
@@ -48,3 +48,30 @@ def test_every_layer_fuses_and_agrees(experts, batched, dtype):
         exact = transformers_gpt_oss(experts)(input_ids=ids, position_ids=positions, use_cache=False).logits
         theirs, ours = ((x - exact).pow(2).mean().sqrt() for x in (expected, got))
         assert ours <= theirs * 1.2
+
+
+NEOX = {
+    "parallel": {},
+    "sequential": {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False},
+    "whole heads": {"rotary_pct": 1.0},
+    "odd part": {"hidden_size": 80},
+    "yarn": {"rotary_pct": 0.5, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 96}},
+}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NEOX)
+@torch.no_grad()
+def test_every_layer_of_gpt_neox_fuses_and_agrees(name, attention, batched):
+    """Through the arithmetic for packed sequences, which transformers' graph holds where positions are given without a mask."""
+    model = transformers_gpt_neox(attention, **NEOX[name])
+    module, results = fused(model, batched, ("sink_attention", "rotary_embedding"))
+    assert (results["sink_attention"].count, results["rotary_embedding"].count) == (3, 3)
+    left = {str(n.target) for n in module.graph.nodes if n.op == "call_function"}
+    assert not {t for t in left if any(word in t for word in ("softmax", "scaled_dot", "cos", "sin."))}
+    ids = torch.randint(0, 211, (2 if batched else 1, 150), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(150).expand_as(ids)
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    got = module(input_ids=ids, position_ids=positions, logits_to_keep=torch.arange(150), use_cache=False)[0]
+    assert expected.std() > 1 and (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
