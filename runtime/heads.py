@@ -7,6 +7,8 @@ places in the text: `text[start:end]` counts characters of what the caller gave.
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -111,7 +113,8 @@ def encode_texts(texts: Text | Sequence[Text], tokenizer: TextTokenizer | None, 
         if isinstance(text, str):
             if tokenizer is None:
                 raise UserError("The artifact has no tokenizer: give token ids, or compile with --tokenizer.")
-            ids, offsets = tokenizer.encode_with_offsets(text)
+            ids, places = tokenizer.encode_with_offsets(text)
+            offsets = _whole_characters(text, places)
             if not ids:
                 raise UserError(f"{name} has no tokens: give one that is not empty.")
         elif isinstance(text, (bytes, bytearray, Mapping)):
@@ -137,6 +140,25 @@ def _split(texts: Any) -> list[Any]:
         raise UserError("There are no texts: give at least one.")
     is_number = hasattr(many[0], "__index__") and getattr(many[0], "ndim", 0) == 0  # arrays have the method, whatever their shape
     return [many] if is_number else many
+
+
+def _whole_characters(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return places that take in what a character was composed of.
+
+    Where a tokenizer normalises to NFC, an e and its accent become one character, and the tokenizers library says that it stands
+    where the e does.
+    """
+    if unicodedata.is_normalized("NFC", text):
+        return list(offsets)
+    starts = sorted({start for start, end in offsets if end > start} | {len(text)})
+    found = []
+    for start, end in offsets:
+        base = end - 1
+        limit = starts[bisect_left(starts, end)] if end > start else end
+        while end < limit and len(unicodedata.normalize("NFC", text[base : end + 1])) == 1:
+            end += 1
+        found.append((start, end))
+    return found
 
 
 def problem_type(model: ModelSpec) -> str:
@@ -233,6 +255,7 @@ def windows(question: str, context: str, tokenizer: TextTokenizer | None, vocab_
             f"The question takes {longest - room} tokens, which leaves no room for the context in a max_context of {longest}: "
             "shorten it, or compile with a larger one."
         )
+    offsets = [(0, 0)] * first + _whole_characters(context, offsets[first:last])
     step = max(1, room - min(LARGEST_OVERLAP, room // 2))
     starts = range(first, last, step) if last - first > room else [first]
     found = []
@@ -248,7 +271,7 @@ def answer(context: str, parts: Sequence[Window], values: Sequence[Tensor], *, m
     """Return the best span of up to `most_tokens` tokens over all windows, values float32 [T, 2], with `top_k` - 1 others.
 
     A span's score is softmax(start)[i] * softmax(end)[j], i <= j < i + most_tokens, over the tokens of the window's context, as
-    in transformers' question-answering pipeline (until 4.57). Spans of one text at one place, as of white space before a word,
+    in the question-answering pipeline that transformers had. Spans of one text at one place, as of white space before a word,
     count once.
     """
     found: dict[tuple[int, int], float] = {}

@@ -38,20 +38,24 @@ def misfits(need: Requirements) -> list[str]:
     if (torch_here := version_numbers(torch_version())[:2]) != version_numbers(need.torch)[:2]:
         here = ".".join(map(str, torch_here)) or "not installed"
         wrong.append(
-            f"torch is {here}, the artifact was compiled for {need.torch}: install torch=={need.torch}.* or compile here"
+            f"torch is {here}, the artifact was compiled for {need.torch:.40}: install torch=={need.torch:.40}.* or compile here"
         )
     if need.platform.lower() != sys.platform:
-        wrong.append(f"the platform is {sys.platform}, the artifact was compiled for {need.platform}: compile on this platform")
+        wrong.append(
+            f"the platform is {sys.platform}, the artifact was compiled for {need.platform:.40}: compile on this platform"
+        )
     if (machine := platform.machine()) != need.machine:
-        wrong.append(f"the machine is {machine}, the artifact was compiled for {need.machine}: compile on this machine")
+        wrong.append(f"the machine is {machine}, the artifact was compiled for {need.machine:.40}: compile on this machine")
     elif missing := sorted(set(need.cpu_features) - cpu_features()):
         wrong.append(
-            f"the processor lacks {', '.join(missing)}, which --cpu-isa {need.cpu_isa} uses: "
+            f"the processor lacks {', '.join(missing):.300}, which --cpu-isa {need.cpu_isa:.40} uses: "
             "compile here, or with --cpu-isa x86-64-v3 for older processors"
         )
     libc, libc_version = platform.libc_ver()
     if need.glibc and (libc != "glibc" or version_numbers(libc_version) < version_numbers(need.glibc)):
-        wrong.append(f"the C library is {libc or 'unknown'} {libc_version}, glibc {need.glibc} or later is needed: compile here")
+        wrong.append(
+            f"the C library is {libc or 'unknown'} {libc_version}, glibc {need.glibc:.40} or later is needed: compile here"
+        )
     return wrong
 
 

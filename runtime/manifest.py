@@ -17,6 +17,8 @@ from oxfuse.runtime.errors import UserError, shown
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MOST = 1 << 53
+"""No number of an artifact is larger, and products of a few such numbers are still numbers that a float holds."""
 TaskName = typing.Literal[
     "text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"
 ]
@@ -222,16 +224,24 @@ class Manifest:
 T = TypeVar("T")
 
 
+def _is_text(value: str) -> bool:
+    """Tell whether a string can be a file's name and be printed: no NUL, no half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    for text in value if isinstance(value, dict) else [value]:
+        if isinstance(text, str) and not _is_text(text):
+            raise UserError(f"{where:.300} holds {shown(text)}, which is no text: the manifest is damaged. Compile it again.")
     if origin is types.UnionType or origin is typing.Union:
         for option in args:
             if option is type(None) and value is None:
                 return None
             if isinstance(option, type) and option is not type(None) and not dataclasses.is_dataclass(option):
-                if type(value) is option:
+                if type(value) is option and (option is not int or abs(value) < MOST):
                     return value
             elif option is not type(None) and value is not None:
                 return _convert(option, value, where)
@@ -255,9 +265,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     elif kind is float:
         if type(value) in (int, float):
             return float(value)
-    elif isinstance(kind, type) and type(value) is kind:
+    elif isinstance(kind, type) and type(value) is kind and (kind is not int or abs(value) < MOST):
         return value
-    raise UserError(f"{where} is {value!r:.80}, which is not {kind}: the manifest is damaged. Compile the checkpoint again.")
+    raise UserError(
+        f"{where:.300} is {shown(value)}, which is not {kind}: the manifest is damaged. Compile the checkpoint again."
+    )
 
 
 def parse_manifest(text: str, where: str = MANIFEST) -> Manifest:

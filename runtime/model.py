@@ -44,7 +44,7 @@ from oxfuse.runtime.heads import (
 from oxfuse.runtime.heads import answer as find_answer
 from oxfuse.runtime.host import check_host
 from oxfuse.runtime.inputs import Batch, BatchRow, TokenIds, batch_rows
-from oxfuse.runtime.manifest import GenerationSpec, Manifest, ModelSpec, ProgramSpec, read_manifest
+from oxfuse.runtime.manifest import CacheSpec, GenerationSpec, Manifest, ModelSpec, ProgramSpec, cache_shapes, read_manifest
 from oxfuse.runtime.program import Program, load_ops_library
 from oxfuse.runtime.scheduler import Job, Scheduler
 from oxfuse.runtime.session import Session
@@ -407,6 +407,7 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     program = choose_program(manifest, None if device is None else str(device).partition(":")[0])
+    check_cache(program, manifest.cache)
     check_host(manifest.requirements)
     check_files(folder, manifest)
     if check == "full":
@@ -462,6 +463,21 @@ def choose_program(manifest: Manifest, device: str | None) -> ProgramSpec:
     return fits[0]
 
 
+def check_cache(program: ProgramSpec, cache: CacheSpec) -> None:
+    """Compare the caches that the program takes with those that the manifest describes. Raises UserError."""
+    expected = [
+        shape
+        for heads, dim in zip(cache.kv_heads, cache.head_dim, strict=True)
+        for shape in cache_shapes(heads, dim, cache.block_size)
+    ]
+    found = [spec.shape[1:] for spec in program.inputs[-len(expected) :]]
+    if found != expected:
+        raise UserError(
+            f"The program {program.name!s:.60} takes caches of shape {shown(found, 200)}, the manifest's cache has "
+            f"{shown(expected, 200)}: the manifest is damaged. Compile the checkpoint again."
+        )
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Hash the programs, the ops library and the tokenizer; compare weight files' sizes and headers. Raises UserError."""
     hashes = {f"{p.path}/{name}": digest for p in manifest.programs for name, digest in p.files.items()}
@@ -474,7 +490,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         except FileNotFoundError:
             raise damaged(folder / name, "does not exist") from None
         except OSError as error:
-            raise UserError(f"{folder / name} cannot be read: {error}.") from error
+            raise UserError(f"{folder / name!s:.300} cannot be read: {error.strerror}.") from error
         if found != expected:
             raise damaged(folder / name, f"has sha256 {found}, the manifest says {expected:.64}")
     for weights in manifest.weights:

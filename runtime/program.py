@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oxfuse.runtime.errors import InternalError, UserError
+from oxfuse.runtime.errors import InternalError, UserError, shown
 from oxfuse.runtime.manifest import OpsLibrary, ProgramSpec
 from oxfuse.runtime.weights import damaged
 
@@ -69,7 +69,9 @@ class Program:
         for name, qualified in self._runner.get_constant_names_to_original_fqns().items():
             stored = spec.constants.get(name, spec.constants.get(qualified, ""))
             if stored not in weights:
-                raise damaged(path, f"wants the constant {qualified}, which the manifest maps to {stored or 'nothing'!r}")
+                raise damaged(
+                    path, f"wants the constant {qualified}, which the manifest maps to {shown(stored) if stored else 'nothing'}"
+                )
             tensor = weights[stored]
             if dtypes[name] != DTYPE_CODES.get(tensor.dtype):
                 raise damaged(path, f"wants the constant {qualified} with dtype code {dtypes[name]}, {stored} is {tensor.dtype}")

@@ -228,7 +228,7 @@ def _model(summary: Summary, manifest: Manifest) -> Iterator[str]:
     hidden = f"hidden {shape['hidden_size']:,}, " if "hidden_size" in shape else ""
     inner = f"feed-forward {shape['intermediate_size']:,}, " if "intermediate_size" in shape and not experts else ""
     yield _row("sizes", f"{hidden}{inner}vocabulary {manifest.model.vocab_size:,}")
-    yield from _outputs(manifest.model)
+    yield from outputs(manifest.model)
     yield _row(
         "limits",
         f"sequences of {limits.max_context:,} tokens; {limits.max_batch} sequences and "
@@ -237,8 +237,8 @@ def _model(summary: Summary, manifest: Manifest) -> Iterator[str]:
     yield _row("tokenizer", ", ".join(manifest.tokenizer_files) or "none: prompts are token ids")
 
 
-def _outputs(model: ModelSpec) -> Iterator[str]:
-    """Tell what a model with another head than the language model's gives, and of which tokens."""
+def outputs(model: ModelSpec) -> Iterator[str]:
+    """Return lines that tell what a model with another head than the language model's gives, and of which tokens."""
     where = "of a text, from its rightmost token that is not padding" if model.pooling == "rightmost" else "of each token"
     pad = model.config.get("pad_token_id")
     if model.pooling == "rightmost":

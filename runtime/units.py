@@ -23,6 +23,7 @@ def item_bytes(dtype: str) -> int:
 
 def size_text(count: float) -> str:
     """Return a number of bytes in decimal units, three digits."""
+    count = min(count, 1e30)  # a damaged manifest may multiply to anything
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

@@ -56,7 +56,9 @@ class Extent:
 
 def damaged(path: Path, what: str) -> UserError:
     """Return the error for a file of an artifact that is not what the compiler wrote."""
-    return UserError(f"{path} {what}: the artifact is damaged or incomplete. Copy it again, or compile the checkpoint again.")
+    return UserError(
+        f"{path!s:.300} {what}: the artifact is damaged or incomplete. Copy it again, or compile the checkpoint again."
+    )
 
 
 def read_header(path: Path) -> tuple[dict[str, Extent], str]:

@@ -1,24 +1,26 @@
-"""Draws a run of the speed benchmark: one panel a phase, a bar an engine, a mark where its floor is."""
+"""Draws a run of a speed benchmark, a bar an engine, a mark where its floor is.
+
+One panel a phase for one artifact; one panel a part, dtype and metric for the grid.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from oxfuse.compiler.bench.grid_result import CONTENDERS, EAGER, SDPA, SHOWN, GridResult
 from oxfuse.compiler.bench.speed import OURS, SpeedResult
 from oxfuse.errors import UserError
 
-COLOURS = {OURS: "#1f6f8b"}
+COLOURS = {OURS: "#1f6f8b", EAGER: "#d3d3d3", SDPA: "#969696"}
+FLOOR = "#c0392b"
 OTHERS = "#b8b8b8"
 
 
 def draw_speed(result: SpeedResult, path: Path) -> None:
     """Write the picture to `path`, in the format that its suffix names. Raises UserError without matplotlib or on a bad path."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("Drawing needs matplotlib: install oxfuse[bench], or leave --plot out.") from error
     groups = list(dict.fromkeys((f.phase, f.size) for f in result.figures))
-    picture = Figure(figsize=(9, 1.3 + 1.25 * len(groups)), layout="constrained")
+    picture = _picture(9, 1.3 + 1.25 * len(groups))
     panels = picture.subplots(len(groups), 1, squeeze=False)[:, 0]
     for panel, (phase, size) in zip(panels, groups, strict=True):
         figures = [f for f in result.figures if (f.phase, f.size) == (phase, size)][::-1]
@@ -27,7 +29,7 @@ def draw_speed(result: SpeedResult, path: Path) -> None:
             ratio = result.ratio(figure)
             label = f" {figure.rate:,.1f}" + (f"  ({ratio:.2f}×)" if ratio else "")
             panel.annotate(label, (figure.rate, row), va="center", fontsize=9)
-            panel.plot([1 / figure.floor] * 2, [row - 0.38, row + 0.38], color="#c0392b", linewidth=2)
+            panel.plot([1 / figure.floor] * 2, [row - 0.38, row + 0.38], color=FLOOR, linewidth=2)
         names = [" ".join(filter(None, (result.engines[f.engine], f.implementation))) for f in figures]
         panel.set_yticks(range(len(figures)), names, fontsize=9)
         panel.set_xlim(0, 1.18 * max(max(f.rate, 1 / f.floor) for f in figures))
@@ -35,8 +37,59 @@ def draw_speed(result: SpeedResult, path: Path) -> None:
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("tokens a second (red: the floor that memory or arithmetic sets)", fontsize=9)
-    where = f"{result.machine['processor'].partition(' (')[0]}, {result.threads} threads, torch {result.machine['torch']}"
-    picture.suptitle(f"{result.artifact}\n{where}", fontsize=10, x=0.01, ha="left")
+    picture.suptitle(f"{result.artifact}\n{_where(result.machine, result.threads)}", fontsize=10, x=0.01, ha="left")
+    _save(picture, path)
+
+
+def draw_grid(result: GridResult, path: Path) -> None:
+    """Write the picture of a grid to `path`; raises as `draw_speed` does."""
+    tables = list(result.tables())
+    widest = max((len(cells) for *_, cells in tables), default=1)
+    picture = _picture(3.5 + 0.62 * widest, 1.4 + 2.4 * len(tables))
+    panels = picture.subplots(max(1, len(tables)), 1, squeeze=False)[:, 0]
+    for panel, (part, dtype, metric, cells) in zip(panels, tables, strict=False):
+        for place, cell in enumerate(cells):
+            for offset, contender in enumerate(CONTENDERS, -1):
+                left = place + 0.27 * offset
+                if (seconds := cell.seconds(contender, metric.name)) is not None:
+                    panel.bar(left, seconds * metric.scale, width=0.25, color=COLOURS[contender])
+                elif contender in cell.series:
+                    short = "OOM" if cell.series[contender].without_memory else "failed"
+                    where = (left, cell.floors[metric.name] * metric.scale)
+                    panel.annotate(f" {short}", where, ha="center", va="bottom", rotation=90, fontsize=7, color="#777777")
+            if (ratio := cell.speedup(metric.name)) is not None:
+                most = max(s for name in CONTENDERS if (s := cell.seconds(name, metric.name)) is not None)
+                panel.annotate(f"{ratio:.2f}×", (place, most * metric.scale), ha="center", va="bottom", fontsize=8)
+            panel.plot([place - 0.42, place + 0.42], [cell.floors[metric.name] * metric.scale] * 2, color=FLOOR, linewidth=1.5)
+        panel.set_yscale("log")
+        panel.margins(y=0.15)
+        panel.set_xticks(range(len(cells)), [f"{cell.batch} × {cell.sequence}" for cell in cells], fontsize=8)
+        panel.set_xlim(-0.6, len(cells) - 0.4)
+        panel.set_ylabel(metric.unit)
+        panel.set_title(f"{part}, {dtype}: {metric.title[0].lower()}{metric.title[1:]}", fontsize=10, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("batch × tokens of a sequence", fontsize=9)
+    bars = [panels[0].bar(0, 0, color=COLOURS[name], label=SHOWN[name]) for name in CONTENDERS]
+    (line,) = panels[0].plot([], [], color=FLOOR, label="floor")
+    picture.legend(handles=[*bars, line], loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    title = f"{result.model}; figures: oxfuse over the better of the others\n{_where(result.machine, result.plan['threads'])}"
+    picture.suptitle(title, fontsize=10, x=0.01, ha="left")
+    _save(picture, path)
+
+
+def _picture(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("Drawing needs matplotlib: install oxfuse[bench], or leave --plot out.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _where(machine: dict[str, Any], threads: int) -> str:
+    return f"{machine['processor'].partition(' (')[0]}, {threads} threads, torch {machine['torch']}"
+
+
+def _save(picture: Any, path: Path) -> None:
     try:
         picture.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from oxfuse.errors import UserError
-from oxfuse.runtime.help_page import FILE, FOLDER, HelpPage, option
+from oxfuse.runtime.help_page import FILE, FOLDER, HelpPage, one_of, option
 from oxfuse.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from oxfuse.compiler.bench.grid import GridPlan
+    from oxfuse.compiler.bench.grid_result import GridResult
     from oxfuse.compiler.bench.speed import Plan, SpeedResult
     from oxfuse.compiler.phases import Progress
+
+LAYERS = 2
+MAX_BATCH = 8  # what compile does by itself
+GRID_ONLY = ("dtypes", "batches", "sequences", "training", "inference", "flavour_name", "budget")
+NOT_GRID = ("folder", "peers", "source", "vocabulary", "prompts", "contexts")
 
 
 @click.command(
@@ -25,18 +34,40 @@ if TYPE_CHECKING:
         "oxfuse bench DIR --prompt 128 --prompt 2048 --context 4000",
         "oxfuse bench DIR --peers --source CHECKPOINT     # and transformers, turn by turn",
         "oxfuse bench --peers --plot speed.png            # layers of gpt-oss-20b's shape with random weights",
+        "oxfuse bench --grid --budget 7200 --markdown grid.md --json grid.json --plot grid.png",
+        "oxfuse bench --grid --dtype bfloat16 --batch 1 --sequence 512 --no-training",
     ),
 )
 @click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
 @option("--peers", is_flag=True, section="Model", help="Measure transformers too, turn by turn in the same run.")
 @option("--source", type=FOLDER, section="Model", help="The checkpoint that DIR was compiled from, for the peers.")
-@option("--layers", default=2, show_default=True, metavar="N", section="Model", help="Without DIR: layers of the random model.")
+@option("--layers", type=int, metavar="N", section="Model", help="Without DIR: layers of the random model, 2; of a grid, all.")
 @option("--vocabulary", default=32000, show_default=True, metavar="N", section="Model", help="Without DIR: its tokens.")
 @option("--work", type=FOLDER, section="Model", help="Without DIR: where it is made, and kept; else a temporary folder.")
 @option("--prompt", "prompts", multiple=True, type=int, metavar="N", section="Run", help="Tokens of a prefill, 512 by default.")
 @option("--context", "contexts", multiple=True, type=int, metavar="N", section="Run", help="Tokens before decoding, 1000.")
 @option("--tokens", default=16, show_default=True, metavar="N", section="Run", help="Tokens decoded a turn.")
 @option("--rounds", default=7, show_default=True, metavar="N", section="Run", help="Turns; the median counts.")
+@option(
+    "--grid", is_flag=True, section="Grid", help="Measure batches by sequences beside transformers' eager and SDPA attention."
+)
+@option(
+    "--flavour", "flavour_name", default="pythia-410m", show_default=True, metavar="NAME", section="Grid", help="Whose shape."
+)
+@option("--batch", "batches", multiple=True, type=int, metavar="N", section="Grid", help="Sequences at once; 1, 2 and 4.")
+@option("--sequence", "sequences", multiple=True, type=int, metavar="N", section="Grid", help="Their tokens; 128, 256, ... 2048.")
+@option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    metavar="DTYPE",
+    section="Grid",
+    shell_complete=one_of("float32", "bfloat16"),
+    help="float32 or bfloat16; both by default.",
+)
+@option("--inference/--no-inference", default=True, section="Grid", help="Prefill and decode; measured by default.")
+@option("--training/--no-training", default=True, section="Grid", help="Forward and backward; measured by default.")
+@option("--budget", type=float, metavar="S", section="Grid", help="Seconds for it all: fewer rounds, then fewer cells.")
 @option("--threads", type=int, metavar="N", section="Run", help="Threads; by default as many as this process may use.")
 @option("--wait", default=60.0, show_default=True, metavar="S", section="Run", help="Longest wait for a quiet machine, in all.")
 @option(
@@ -48,9 +79,17 @@ def bench(
     folder: Path | None,
     peers: bool,
     source: Path | None,
-    layers: int,
+    layers: int | None,
     vocabulary: int,
     work: Path | None,
+    grid: bool,
+    flavour_name: str,
+    batches: tuple[int, ...],
+    sequences: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    inference: bool,
+    training: bool,
+    budget: float | None,
     threads: int | None,
     json_path: Path | None,
     markdown: Path | None,
@@ -59,8 +98,24 @@ def bench(
 ) -> None:
     """Measure prefill and decode of the artifact in DIR, or of a random model, beside the floor that the machine sets.
 
-    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench].
+    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench]. With --grid,
+    measure a model of random weights over batches and sequences, inference and training, beside transformers.
     """
+    _refuse_mixture(click.get_current_context(), grid)
+    if grid:
+        cells = {"dtypes": dtypes, "batches": batches, "sequences": sequences}
+        parts = tuple(name for name, wanted in (("inference", inference), ("training", training)) if wanted)
+        options = {name: value for name, value in cells.items() if value} | {"parts": parts, "budget": budget, "threads": threads}
+        options |= {name: plan[name] for name in ("tokens", "rounds", "wait")}
+        found = _measure_grid(flavour_name, layers, work, options)
+        from oxfuse.compiler.bench.chart import draw_grid
+
+        _write(found, json_path, markdown)
+        if plot is not None:
+            draw_grid(found, plot)
+        if Path("-") not in (json_path, markdown):
+            click.echo(found.to_markdown(), nl=False)
+        return
     from oxfuse.compiler.bench import speed
     from oxfuse.runtime.machine import processors
     from oxfuse.runtime.progress import PhaseLine
@@ -77,9 +132,13 @@ def bench(
         progress = stack.enter_context(PhaseLine())
         if folder is None:
             place = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oxfuse-bench-")))
-            folder, source = _random_artifact(place, layers, vocabulary, chosen, progress)
+            folder, source = _random_artifact(place, LAYERS if layers is None else layers, vocabulary, chosen, progress)
         result = speed.measure_speed(folder, chosen, checkpoint=source if peers else None, progress=progress)
-    _write(result, json_path, markdown, plot)
+    _write(result, json_path, markdown)
+    if plot is not None:
+        from oxfuse.compiler.bench.chart import draw_speed
+
+        draw_speed(result, plot)
     if json_path != Path("-"):
         for line in speed.result_lines(result):
             click.echo(line)
@@ -87,6 +146,68 @@ def bench(
             click.echo(f"{name} was not measured: {reason}", err=True)
         if dirty := sum(figure.discarded for figure in result.figures):
             click.echo(f"{dirty} samples were discarded: other processes used the machine meanwhile.", err=True)
+
+
+def _refuse_mixture(context: click.Context, grid: bool) -> None:
+    """Raise UserError for options that do not go with --grid, or only with it."""
+    given = [
+        parameter
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    wrong = next((p for p in given if p.name in (NOT_GRID if grid else GRID_ONLY)), None)
+    if wrong is not None:
+        name = "DIR" if isinstance(wrong, click.Argument) else wrong.opts[0]
+        raise UserError(f"{name} does not go with --grid: leave one of them out." if grid else f"{name} is for --grid: add it.")
+
+
+def _measure_grid(name: str, layers: int | None, work: Path | None, options: dict[str, Any]) -> GridResult:
+    """Measure the grid of a flavour, with its checkpoint and artifacts in `work`, or in a temporary folder."""
+    from oxfuse.compiler.bench import grid
+    from oxfuse.models.contract import flavour
+    from oxfuse.runtime.machine import processors
+    from oxfuse.runtime.progress import PhaseLine
+
+    began = time.perf_counter()
+    plan = grid.GridPlan(**{**options, "threads": processors().threads if options["threads"] is None else options["threads"]})
+    config = flavour(name)
+    shape = name if layers is None else f"{name}, {layers} layers"
+    with ExitStack() as stack:
+        progress = stack.enter_context(PhaseLine())
+        place = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oxfuse-bench-")))
+        checkpoint, artifacts = _grid_artifacts(place, name, config, layers, plan, progress)
+        return grid.measure_grid(plan, shape, checkpoint, artifacts, began=began, progress=progress)
+
+
+def _grid_artifacts(
+    place: Path, name: str, config: dict[str, Any], layers: int | None, plan: GridPlan, progress: Progress
+) -> tuple[Path, dict[str, Path]]:
+    """Return the checkpoint, made unless an earlier run left it, and for inference its artifact in each dtype, always made."""
+    from oxfuse.compiler.bench.random_checkpoint import write_checkpoint
+    from oxfuse.compiler.pipeline import compile as compile_checkpoint
+    from oxfuse.models.contract import lookup
+
+    if layers is not None and layers < 1:
+        raise UserError(f"--layers is {layers}: give a number of at least 1.")
+    parsed = lookup(config["model_type"]).parse_config(config)
+    count, context = layers or parsed.num_hidden_layers, max(parsed.max_position_embeddings, plan.longest)
+    checkpoint = place / f"random-{name}-{count}-layers-{context}"
+    if not (checkpoint / "model.safetensors").exists():
+        progress("writing a random checkpoint", None)
+        write_checkpoint(checkpoint, count, **{**config, "max_position_embeddings": context})
+    artifacts = {}
+    for dtype in dict.fromkeys(plan.dtypes) if "inference" in plan.parts else ():
+        artifacts[dtype] = place / f"{checkpoint.name}-{dtype}-cpu"
+        compile_checkpoint(
+            checkpoint,
+            artifacts[dtype],
+            dtype=dtype,
+            max_context=plan.longest,
+            max_batch=max(MAX_BATCH, *plan.batches),
+            force=True,
+            progress=progress,
+        )
+    return checkpoint, artifacts
 
 
 def _random_artifact(place: Path, layers: int, vocabulary: int, plan: Plan, progress: Progress) -> tuple[Path, Path]:
@@ -105,7 +226,7 @@ def _random_artifact(place: Path, layers: int, vocabulary: int, plan: Plan, prog
     return artifact, checkpoint
 
 
-def _write(result: SpeedResult, json_path: Path | None, markdown: Path | None, plot: Path | None) -> None:
+def _write(result: SpeedResult | GridResult, json_path: Path | None, markdown: Path | None) -> None:
     for path, text in ((json_path, result.to_json()), (markdown, result.to_markdown())):
         if path == Path("-"):
             click.echo(text, nl=False)
@@ -114,7 +235,3 @@ def _write(result: SpeedResult, json_path: Path | None, markdown: Path | None, p
                 path.write_text(text, "utf-8")
             except OSError as error:
                 raise UserError(f"{path} cannot be written: {error}.") from error
-    if plot is not None:
-        from oxfuse.compiler.bench.chart import draw_speed
-
-        draw_speed(result, plot)

@@ -53,7 +53,8 @@ def layers_of(body_bytes: int, **config: Any) -> int:
 def write_checkpoint(folder: Path, layers: int, seed: int = 0, **config: Any) -> int:
     """Stream a random checkpoint to `folder`, which is made; return the bytes of its layers, without embedding and head.
 
-    `config` overrides the 20b shape, or is the whole config.json where it names another `model_type`. Never more than a piece of a tensor is in memory.
+    `config` overrides the 20b shape, or is the whole config.json where it names another `model_type`. Never more
+    than a piece of a tensor is in memory.
     """
     tensors = _entries(layers, seed, config)
     folder.mkdir(parents=True)

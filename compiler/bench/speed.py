@@ -294,9 +294,8 @@ def _sample(worker: Worker, figure: Figure, plan: Plan, load: ForeignLoad) -> No
 
     def take() -> float:
         if figure.phase == "prefill":
-            seconds: float = worker.ask(do="prefill", tokens=figure.size)["seconds"]
-            return seconds / figure.size
-        return statistics.median(worker.ask(do="decode", tokens=plan.tokens)["seconds"])
+            return float(worker.ask(do="prefill", tokens=figure.size)["seconds"]) / figure.size
+        return float(statistics.median(worker.ask(do="decode", tokens=plan.tokens)["seconds"]))
 
     value, disturbed = take_quietly(take, load)
     figure.samples.append(value)

@@ -106,7 +106,7 @@ class Transformers:
 
 
 def transformers_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -> Any:
-    """Return transformers' language model of a checkpoint, in eval mode; `attention` is its implementation, None its own choice."""
+    """Return transformers' language model of a checkpoint, in eval mode; `attention`: "eager", "sdpa" or its own choice."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 

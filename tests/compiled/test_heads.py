@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,12 +16,16 @@ import transformers
 from torch import Tensor, nn
 
 import oxfuse
+from oxfuse.errors import UserError
 from oxfuse.models import gpt_oss
+from oxfuse.runtime.summary import outputs
 from oxfuse.runtime.verify import verify_artifact
 
 from ..checkpoints import TINY
+from ..compiler.test_report import REPORT
 from ..neox import random_gpt_neox, transformers_neox
 from ..runtime.commands import run
+from ..runtime.head_models import spec
 
 TOKENIZER = Path(__file__).parents[2] / "artifacts" / "tiny-gpt-oss" / "tokenizer.json"
 VOCAB, PAD, LONGEST = 2048, 0, 128
@@ -68,7 +73,9 @@ class Head:
                     if weight.dim() == 1 or name.endswith("_bias"):
                         weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
                     else:
-                        weight.normal_(0.0, 1.0 if "embed" in name else 1.5 * (weight.shape[-2 if "experts" in name else -1]) ** -0.5)
+                        weight.normal_(
+                            0.0, 1.0 if "embed" in name else 1.5 * (weight.shape[-2 if "experts" in name else -1]) ** -0.5
+                        )
             model.save_pretrained(folder)
         shutil.copy(TOKENIZER, folder)
         return folder
@@ -214,8 +221,47 @@ def test_what_is_said_of_the_artifact(make: Callable[[Head], Made], head: Head) 
     for task, method in METHODS.items():
         if task != head.task:
             arguments = ("Who?", "Me.") if method == "answer" else ("x = 1",)
-            with pytest.raises(oxfuse.UserError, match=f"--task {task}"):
+            with pytest.raises(UserError, match=f"--task {task}"):
                 getattr(model, method)(*arguments)
+
+
+@pytest.mark.parametrize("task", METHODS)
+def test_the_report_tells_what_was_compared(task: str) -> None:
+    """The largest of a row is the best token or label; of two ends of an answer, or of hidden states, it is nothing."""
+    for labels, kind in ((LABELS, None), (LABELS, "multi_label_classification"), (LABELS, "regression"), (("one",), None)):
+        labelled = labels if "classification" in task else ()
+        model = dataclasses.replace(REPORT.model, task=task, labels=labelled, problem_type=kind)
+        text = dataclasses.replace(REPORT, model=model).to_markdown()
+        assert f"oxfuse {METHODS[task]} ." in text and f"model for {task}" in text
+        words = {"text-generation": "logits", "question-answering": "start and end logits", "feature-extraction": "hidden states"}
+        assert f"32 rows of {words.get(task, 'label logits')} for" in text
+        one_of = kind is None and len(labels) > 1
+        best = {"text-generation": "token", "token-classification": "label", "text-classification": "label" if one_of else ""}
+        for each in ("token", "label"):
+            said = f"best {each} the same in 96.9%" in text, f"The best {each} is the same in 96.9% of the rows." in text
+            assert said == (best.get(task) == each,) * 2, text
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"labels": LABELS, "pad": 7}, ("one of 4 labels, of a text", "padding (id 7)", "O, B-CODE, I-CODE, B-TEXT")),
+        ({"labels": LABELS}, ("one of 4 labels, of a text", "padding (no token is)")),
+        ({"labels": LABELS, "problem_type": "multi_label_classification"}, ("any of 4 labels",)),
+        ({"labels": LABELS, "problem_type": "regression"}, ("a value for 4 labels",)),
+        ({"labels": ("stars",)}, ("a value for 1 label, of a text", "stars")),
+        ({"labels": tuple(f"L{i}" for i in range(1400))}, ("one of 1,400 labels", "L0, L1, ", "L11, and 1,388 more")),
+        ({"task": "token-classification", "labels": LABELS}, ("one of 4 labels, of each token", "B-TEXT")),
+        ({"task": "question-answering"}, ("start and end of the answer, of each token",)),
+        ({"task": "feature-extraction"}, ("the last hidden state, of each token",)),
+        ({"task": "text-generation"}, ()),
+    ],
+    ids=str,
+)
+def test_inspect_tells_what_the_head_gives(model: dict[str, Any], words: tuple[str, ...]) -> None:
+    told = "\n".join(outputs(spec(**{"task": "text-classification", **model})))
+    assert all(word in told for word in words), told
+    assert bool(told) == bool(words) and told.count("gives") == bool(words) and "L12" not in told
 
 
 @pytest.mark.slow

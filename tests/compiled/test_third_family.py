@@ -16,7 +16,7 @@ from oxfuse.models import load_reference, register
 from tests.parity.cases import assert_close
 
 FILES = {
-    "config.py": '''
+    "config.py": """
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,15 +43,16 @@ class PlainConfig(Configuration):
 
     def _validate(self):
         super()._validate()
-        check("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads % self.num_key_value_heads == 0, "a divisor")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        check("num_key_value_heads", groups, heads % groups == 0, "a divisor of num_attention_heads")
 
     def _rotation(self, **rope):
         given = rope["rope_parameters"] or {}
         return resolve(
             given, kinds=("default", "yarn"), theta=500.0, max_position_embeddings=self.max_position_embeddings, model="plain"
         )
-''',
-    "model.py": '''
+""",
+    "model.py": """
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -132,8 +133,8 @@ class PlainForCausalLM(CausalLM):
 
     def forward(self, input_ids=None, labels=None, logits_to_keep=0, **inputs):
         return self.generate_logits(self.body(input_ids=input_ids, **inputs), labels, logits_to_keep, None)
-''',
-    "__init__.py": '''
+""",
+    "__init__.py": """
 from oxfuse.models.contract import ModelContract
 from oxfuse.models.tensor_finder import TensorFinder
 
@@ -142,9 +143,8 @@ from .model import PlainForCausalLM, PlainModel
 
 
 def tensor_sources(checkpoint, config, model, new_head=()):
-    finder = TensorFinder(
-        checkpoint=checkpoint, config=config, body="plain.", embedding="plain.embed.weight", head="unembed.weight", heads=("unembed",)
-    )
+    names = dict(body="plain.", embedding="plain.embed.weight", head="unembed.weight", heads=("unembed",))
+    finder = TensorFinder(checkpoint=checkpoint, config=config, **names)
     return finder.find_all(model, isinstance(model, PlainModel), new_head)
 
 
@@ -155,7 +155,7 @@ CONTRACT = ModelContract(
     tensor_sources=tensor_sources,
     fusions=("sink_attention", "rotary_embedding", "rms_norm"),
 )
-''',
+""",
 }
 
 

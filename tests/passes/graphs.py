@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
-from transformers import GptOssConfig, GptOssForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from oxfuse.passes.weights import WeightTable
 

@@ -210,6 +210,13 @@ ARTIFACTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "another header": (overwrite("weights.safetensors", 20, b"!"), ("weights.safetensors", "header")),
     "no weight file": (lambda folder: (folder / "weights.safetensors").unlink(), ("weights.safetensors",)),
     "another program": (overwrite("programs/cpu/step/*.so", 5000, b"?!"), (".so", "sha256")),
+    # What byte-level mutations have found.
+    "a number beyond any": (manifest(lambda data: data["cache"].update(block_size=10**310)), ("block_size", "damaged")),
+    "heads that the program has not": (manifest(lambda data: data["cache"]["kv_heads"].__setitem__(0, 7)), ("caches of shape",)),
+    "a NUL in a path": (manifest(lambda data: data["programs"][0].update(path="a\0b")), ("no text",)),
+    "half a character": (manifest(lambda data: data["ops_library"].update(probe="\ud800")), ("no text",)),
+    "a library's endless name": (manifest(lambda data: data["ops_library"].update(path="x" * 9000)), ("cannot be read",)),
+    "an endless feature": (manifest(lambda data: data["requirements"].update(cpu_features=["y" * 9000])), ("lacks yyy",)),
     "no ops library": (lambda folder: next(folder.glob("programs/cpu/*.so")).unlink(), ("oxfuse_ops.so", "does not exist")),
 }  # fmt: skip
 

@@ -163,7 +163,13 @@ def write_artifact(folder: Path) -> Path:
                 kind="aoti",
                 path="programs/step",
                 library=library,
-                inputs=tuple(TensorSpec(name=name, dtype="int64", shape=("T",)) for name in INPUTS),
+                inputs=(
+                    *(TensorSpec(name=name, dtype="int64", shape=("T",)) for name in INPUTS[:7]),
+                    *(
+                        TensorSpec(name=name, dtype="float32", shape=("B0", *shape))
+                        for name, shape in zip(INPUTS[7:], cache_shapes(1, HIDDEN, BLOCK), strict=True)
+                    ),
+                ),
                 outputs=(TensorSpec(name="logits", dtype="float32", shape=("R", VOCAB)),),
                 dims={"T": DimRange(min=1, max=32)},
                 constants={name: name for name in weights},

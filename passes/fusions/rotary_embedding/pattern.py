@@ -44,8 +44,13 @@ def rotation(rotated: fx.Node) -> _Rotation:
             return _by_halves(first, second)
         x, cos, sin = rotation(first)  # the rotated part of a partial rotation
         whole = as_node(uncast(x))
-        (part, start, end), rest = _slice_of(x) or (whole, 0, shape_of(whole)[-1]), _slice_of(second)  # all may turn, none be left
-        require(rest is not None and part is rest[0] and (start, end) == (0, rest[1]), "the two parts are not of one tensor", node)
+        (part, start, end), rest = (
+            _slice_of(x) or (whole, 0, shape_of(whole)[-1]),
+            _slice_of(second),
+        )  # all may turn, none be left
+        require(
+            rest is not None and part is rest[0] and (start, end) == (0, rest[1]), "the two parts are not of one tensor", node
+        )
         return part, cos, sin
     return _by_rotate_half(the_op(node, "a rotation", A.add.Tensor))
 
