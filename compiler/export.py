@@ -69,8 +69,9 @@ def export_step(
 ) -> ExportedProgram:
     """Return the step module as an exported program with dynamic dims, each of minimum 1 (N + 1: 2)."""
     sizes = {"T": limits.tokens, "N": limits.sequences, "N1": limits.sequences + 1, "M": limits.table, "R": limits.tokens}
-    dims = {name: Dim(name, min=1 + (name == "N1"), max=size) for name, size in sizes.items()}
     example = {"T": 5, "N": 3, "N1": 4, "M": 6, "R": 2}
+    # The examples lie inside even where the limits are smaller; the runtime keeps to the limits.
+    dims = {name: Dim(name, min=1 + (name == "N1"), max=max(size, example[name] + 1)) for name, size in sizes.items()}
     groups = len(cache.windows)
     args, shapes = [], []
     for name in STEP_INPUTS:

@@ -24,6 +24,10 @@ TaskName = typing.Literal[
 ]
 
 
+POOLING = ("none", "rightmost")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
 def _require(where: str, least: int, **numbers: int) -> None:
     for name, value in numbers.items():
         if value < least:
@@ -142,6 +146,14 @@ class ModelSpec:
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
 
+    def __post_init__(self) -> None:
+        known: dict[str, tuple[str | None, ...]] = {"pooling": POOLING, "problem_type": (None, *PROBLEM_TYPES)}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise UserError(
+                    f"model.{name} is {shown(value)}, not one of {values}: the manifest is damaged. Compile it again."
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSpec:
@@ -224,6 +236,10 @@ class Manifest:
 T = TypeVar("T")
 
 
+def _in_range(value: object) -> bool:
+    return not isinstance(value, int) or abs(value) < MOST
+
+
 def _is_text(value: str) -> bool:
     """Tell whether a string can be a file's name and be printed: no NUL, no half of a surrogate pair."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
@@ -241,7 +257,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             if option is type(None) and value is None:
                 return None
             if isinstance(option, type) and option is not type(None) and not dataclasses.is_dataclass(option):
-                if type(value) is option and (option is not int or abs(value) < MOST):
+                if type(value) is option and _in_range(value):
                     return value
             elif option is not type(None) and value is not None:
                 return _convert(option, value, where)
@@ -265,7 +281,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     elif kind is float:
         if type(value) in (int, float):
             return float(value)
-    elif isinstance(kind, type) and type(value) is kind and (kind is not int or abs(value) < MOST):
+    elif isinstance(kind, type) and type(value) is kind and _in_range(value):
         return value
     raise UserError(
         f"{where:.300} is {shown(value)}, which is not {kind}: the manifest is damaged. Compile the checkpoint again."

@@ -14,6 +14,7 @@ from oxfuse.errors import UserError
 
 COLOURS = {OURS: "#1f6f8b", EAGER: "#d3d3d3", SDPA: "#969696"}
 FLOOR = "#c0392b"
+WIDE = 12  # from the least figure to the largest: beyond, an axis counts in powers of ten
 OTHERS = "#b8b8b8"
 
 
@@ -61,7 +62,10 @@ def draw_grid(result: GridResult, path: Path) -> None:
                 most = max(s for name in CONTENDERS if (s := cell.seconds(name, metric.name)) is not None)
                 panel.annotate(f"{ratio:.2f}×", (place, most * metric.scale), ha="center", va="bottom", fontsize=8)
             panel.plot([place - 0.42, place + 0.42], [cell.floors[metric.name] * metric.scale] * 2, color=FLOOR, linewidth=1.5)
-        panel.set_yscale("log")
+        known = [s for cell in cells for name in CONTENDERS if (s := cell.seconds(name, metric.name)) is not None]
+        if known and max(known) > WIDE * min(known):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
         panel.margins(y=0.15)
         panel.set_xticks(range(len(cells)), [f"{cell.batch} × {cell.sequence}" for cell in cells], fontsize=8)
         panel.set_xlim(-0.6, len(cells) - 0.4)

@@ -138,6 +138,14 @@ def measure_grid(
     missing: dict[str, str] = {}
     groups = [*grid.items()]
     for number, ((part, dtype), cells) in enumerate(groups):
+        now, end = time.perf_counter(), None
+        if plan.budget is not None:
+            share = _sum(cells, plan) / sum(_sum(others, plan) for _, others in groups[number:])
+            end = now + share * (began + plan.budget - now)
+            if end < now + LEAST_ROUNDS * _weight(cells[0], plan):  # not even the cheapest: no process need start
+                for cell in cells:
+                    cell.left_out = True
+                continue
         with contextlib.ExitStack() as stack:
             contenders = {}
             for contender in CONTENDERS:
@@ -151,10 +159,8 @@ def measure_grid(
                 stack.callback(one.close)
                 contenders[contender] = one
                 names[f"{part} {contender}"] = one.worker.name
-            share = 1.0
-            if number + 1 < len(groups):
-                share = _sum(cells, plan) / sum(_sum(others, plan) for _, others in groups[number:])
-            _measure_cells(cells, contenders, plan, share, began, progress)
+            if contenders:
+                _measure_cells(cells, contenders, plan, end, progress)
     return GridResult(
         model=model,
         plan=dataclasses.asdict(plan),
@@ -228,11 +234,9 @@ def _sum(cells: list[Cell], plan: GridPlan) -> float:
 
 
 def _measure_cells(
-    cells: list[Cell], contenders: dict[str, _Contender], plan: GridPlan, share: float, began: float, progress: Progress
+    cells: list[Cell], contenders: dict[str, _Contender], plan: GridPlan, end: float | None, progress: Progress
 ) -> None:
-    """Measure the cells of a part and dtype within its `share` of what is left of the budget."""
-    now = time.perf_counter()
-    end = None if plan.budget is None else now + share * (began + plan.budget - now)
+    """Measure the cells of a part and dtype until `end`, by `time.perf_counter()`; None: all."""
     slowness = 1.0  # seconds of a round over those that the floors set
     for number, cell in enumerate(cells):
         seconds, floor = CELL_SECONDS, len(contenders) * _weight(cell, plan)
@@ -296,11 +300,14 @@ def _measure_cell(cell: Cell, contenders: dict[str, _Contender], plan: GridPlan,
             cell.series[TWIN] = Series()
             alive = [*(name for name in alive if name != SDPA), *(name for name in alive if name == SDPA), TWIN]
             costs[TWIN] = costs[OURS]
-    rounds = max(min(LEAST_ROUNDS, plan.rounds), min(plan.rounds, int(seconds / max(1e-9, sum(costs.values())))))
+    least, end = min(LEAST_ROUNDS, plan.rounds), time.perf_counter() + seconds
+    rounds = max(least, min(plan.rounds, int(seconds / max(1e-9, sum(costs.values())))))
     for number in range(done, rounds):
         for name in alive if number % 2 == 0 else alive[::-1]:
             if not cell.series[name].failure:
-                turn(name, 1 if costs[name] > DEAR_TURN else ATTEMPTS)
+                turn(name, 1 if costs[name] > DEAR_TURN or time.perf_counter() > end else ATTEMPTS)
+        if number + 1 >= least and time.perf_counter() > end:
+            break  # turns that were disturbed took their time as well
     return once
 
 

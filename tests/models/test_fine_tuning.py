@@ -45,6 +45,7 @@ def train(model: nn.Module, batches: Tensor, rate: float, **wanted: Tensor) -> t
     return before, loss()
 
 
+@pytest.mark.slow
 def test_the_bundled_checkpoint_goes_on_learning(batches: Tensor) -> None:
     before, after = train(load_reference(BUNDLED), batches, 1e-3)
     assert before < 6 and after < before - 0.5, (before, after)

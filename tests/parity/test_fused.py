@@ -7,8 +7,11 @@ import pytest
 from .cases import CASES, NEOX_CASES, Case, assert_logits, assert_parity
 from .fused import fused_model
 
+ALWAYS = {"neox", "sequential", "odd_part_turns", "yarn", "tied_neox"}
+SELDOM = [pytest.param(case, marks=() if case.name in ALWAYS else pytest.mark.slow) for case in NEOX_CASES]
 
-@pytest.mark.parametrize("case", [*CASES, *NEOX_CASES], ids=lambda case: case.name)
+
+@pytest.mark.parametrize("case", [*CASES, *SELDOM], ids=lambda case: case.name)
 def test_fused_graph_equals_transformers(case: Case, ops, tmp_path):
     folder = case.write(tmp_path / "checkpoint")
     assert_parity(fused_model(folder, ops), case.transformers(folder, tmp_path / "theirs"), case, folder)

@@ -59,9 +59,13 @@ NEOX = {
 }
 
 
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", NEOX)
+ALWAYS = {("parallel", "eager", False), ("odd part", "sdpa", True), ("whole heads", "eager", True), ("sequential", "sdpa", False)}
+GRAPHS = [(name, attention, batched) for name in NEOX for attention in ("eager", "sdpa") for batched in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "batched"), [pytest.param(*g, marks=() if g in ALWAYS else pytest.mark.slow) for g in GRAPHS]
+)
 @torch.no_grad()
 def test_every_layer_of_gpt_neox_fuses_and_agrees(name, attention, batched):
     """Through the arithmetic for packed sequences, which transformers' graph holds where positions are given without a mask."""
