@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from artifacts.python_corpus import read_corpus
+from oxfuse.artifacts.python_corpus import read_corpus
 from oxfuse.models import load_reference
 from oxfuse.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from oxfuse.runtime.tokenizer import TextTokenizer
