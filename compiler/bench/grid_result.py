@@ -137,8 +137,8 @@ class GridResult:
         machine, plan = self.machine, self.plan
         peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, peak in self.peaks.items())
         lines = [
-            f"The shape of {self.model}, with random weights; {machine['processor']}, {plan['threads']} threads of {machine['cores']} "
-            f"cores, {machine['system']}, torch {machine['torch']}; {'; '.join(sorted(set(self.names.values())))}.",
+            f"The shape of {self.model}, with random weights; {machine['processor']}, {plan['threads']} threads of "
+            f"{machine['cores']} cores, {machine['system']}, torch {machine['torch']}; {'; '.join(sorted(set(self.names.values())))}.",
             f"Read bandwidth {self.bandwidth / 1e9:.1f} GB/s, matmul peak {peaks}, of this run, which took {self.seconds:.0f} s.",
         ]
         for part, dtype, metric, cells in self.tables():
@@ -177,7 +177,8 @@ class GridResult:
         if left := [f"{c.part} {c.dtype} {c.batch} × {c.sequence}" for c in self.cells if c.left_out]:
             yield f"Left out, for the budget of {self.plan['budget']:.0f} s: {', '.join(left)}."
         if few := [c for c in self.cells if not c.left_out and c.rounds < self.plan["rounds"]]:
-            yield f"{len(few)} of {len(self.cells)} cells had fewer than {self.plan['rounds']} rounds, for their cost or the budget."
+            rounds = self.plan["rounds"]
+            yield f"{len(few)} of {len(self.cells)} cells had fewer than {rounds} rounds, for their cost or the budget."
         if disturbed := sum(series.disturbed for cell in self.cells for series in cell.series.values()):
             yield f"Other processes used the machine during {disturbed} turns; those were taken again where that was cheap."
 
