@@ -134,11 +134,11 @@ class GridResult:
 
     def to_markdown(self) -> str:
         """Return a table for each part, dtype and metric, and what must be known to read them."""
-        machine, plan = self.machine, self.plan
+        machine, plan, names = self.machine, self.plan, "; ".join(sorted(set(self.names.values())))
         peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s in {dtype}" for dtype, peak in self.peaks.items())
         lines = [
             f"The shape of {self.model}, with random weights; {machine['processor']}, {plan['threads']} threads of "
-            f"{machine['cores']} cores, {machine['system']}, torch {machine['torch']}; {'; '.join(sorted(set(self.names.values())))}.",
+            f"{machine['cores']} cores, {machine['system']}, torch {machine['torch']}; {names}.",
             f"Read bandwidth {self.bandwidth / 1e9:.1f} GB/s, matmul peak {peaks}, of this run, which took {self.seconds:.0f} s.",
         ]
         for part, dtype, metric, cells in self.tables():
