@@ -168,7 +168,7 @@ def quickstart(output: Path, max_new_tokens: int) -> None:
         click.echo(f"Compiling {BUNDLED}, a GPT-OSS of {size}, for this CPU: about a minute.")
         folder, seconds = _compile(checkpoint, output, {"force": again})
     click.echo(f"Compiled in {seconds:.0f} s. {_parity(json.loads((folder / REPORT_JSON).read_text('utf-8')))}")
-    from oxfuse.runtime.model import load
+    from oxfuse.runtime.artifact import load
     from oxfuse.runtime.verify import require_ok, verify_artifact
 
     require_ok(verify_artifact(folder))

@@ -7,9 +7,9 @@ from pathlib import Path
 from oxfuse.compiler.golden import GOLDEN
 from oxfuse.compiler.report import Parity
 from oxfuse.errors import InternalError
+from oxfuse.runtime.artifact import load
 from oxfuse.runtime.host import misfits
 from oxfuse.runtime.manifest import read_manifest
-from oxfuse.runtime.model import load
 from oxfuse.runtime.verify import compare_golden
 
 

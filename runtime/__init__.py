@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oxfuse.runtime.artifact import load
     from oxfuse.runtime.generate import Chunk, Generation
-    from oxfuse.runtime.model import CompiledModel, load
+    from oxfuse.runtime.model import CompiledModel
     from oxfuse.runtime.session import Session
 
-_HOMES = {"Chunk": "generate", "Generation": "generate", "CompiledModel": "model", "load": "model", "Session": "session"}
+_HOMES = {"Chunk": "generate", "Generation": "generate", "CompiledModel": "model", "load": "artifact", "Session": "session"}
 
 __all__ = ["Chunk", "CompiledModel", "Generation", "Session", "load"]
 

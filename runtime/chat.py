@@ -82,7 +82,7 @@ def chat(
     read_manifest(folder)  # before torch is imported: a wrong folder is told at once
     with PhaseLine() as line:
         line("load", None)
-        from oxfuse.runtime.model import load
+        from oxfuse.runtime.artifact import load
 
         model = load(folder, threads=usable_threads(threads))
     talk = Chat(model, system=system, reasoning=reasoning, max_new_tokens=max_new_tokens, **options)

@@ -95,7 +95,7 @@ def generate(
         raise UserError("--logprobs are written with --json only: add it.")
     with PhaseLine(quiet=quiet) as line:
         line("load", None)
-        from oxfuse.runtime.model import load
+        from oxfuse.runtime.artifact import load
 
         model = load(folder, threads=usable_threads(threads))
         ends = [*(() if ignore_eos else model.manifest.generation.eos_token_ids), *stop_token]

@@ -47,7 +47,7 @@ _COMMON = (
 def _run(folder: Path, threads: int | None, quiet: bool, what: Callable[[CompiledModel], Any]) -> Any:
     with PhaseLine(quiet=quiet) as line:
         line("load", None)
-        from oxfuse.runtime.model import load
+        from oxfuse.runtime.artifact import load
 
         model = load(folder, threads=usable_threads(threads))
         line("run", None)

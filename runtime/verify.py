@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from oxfuse.runtime.artifact import check_files, load
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.manifest import read_manifest
-from oxfuse.runtime.model import CompiledModel, check_files, load
+from oxfuse.runtime.model import CompiledModel
 from oxfuse.runtime.weights import damaged, damaged_weights, hash_weights, map_tensors
 
 FLOAT32_TOLERANCE = 1e-4

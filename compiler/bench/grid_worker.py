@@ -112,7 +112,7 @@ class OxfuseInference(_Inference):
 
     def __init__(self, folder: Path, threads: int) -> None:
         import oxfuse
-        from oxfuse.runtime.model import load
+        from oxfuse.runtime.artifact import load
 
         self.name, self.before = f"oxfuse {oxfuse.__version__}", _resident()
         self.implementations: tuple[str, ...] = ()

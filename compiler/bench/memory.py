@@ -35,7 +35,7 @@ BARE = "import torch, sys; print('{}', flush=True); sys.stdin.read()"
 LOAD = """
 import json, os, sys, time
 import oxfuse
-from oxfuse.runtime.model import load  # the public names are lazy: what importing costs is not what loading costs
+from oxfuse.runtime.artifact import load  # the public names are lazy: what importing costs is not what loading costs
 print("{}", flush=True)
 sys.stdin.readline()
 began = time.perf_counter()

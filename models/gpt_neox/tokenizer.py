@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias, overload
 
 import torch
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import AddedToken, Encoding, processors
 from torch import Tensor
 
 from oxfuse.errors import UserError, shown
+from oxfuse.models.gpt_neox.tokenizer_backend import add_tokens, around_texts, build_backend
 from oxfuse.models.gpt_neox.tokenizer_files import (
     CLASSES,
     FILES,
@@ -105,13 +105,13 @@ class GPTNeoXTokenizer:
         named = {name: added_token(token, name) for name, token in given.items() if token is not None}
         extra = [added_token(token, "extra_special_tokens") for token in extra_special_tokens]
         self._named: dict[str, str] = {name: token.content for name, token in named.items()}
-        self._backend = _backend(entries, pairs, add_prefix_space, trim_offsets)
+        self._backend = build_backend(entries, pairs, add_prefix_space, trim_offsets)
         known = {**entries, **{token.content: i for i, token in (added_tokens or {}).items()}}
-        self._backend.post_processor = _template(
+        self._backend.post_processor = around_texts(
             self._around("bos_token", known) if add_bos_token else None,
             self._around("eos_token", known) if add_eos_token else None,
         )
-        _add_tokens(self._backend, added_tokens or {}, list(named.values()), extra)
+        add_tokens(self._backend, added_tokens or {}, list(named.values()), extra)
         self._special = {t.content for t in self._backend.get_added_tokens_decoder().values() if t.special}
         self._extra = [token.content for token in extra]
 
@@ -397,58 +397,6 @@ def build_tokenizer(files: Sequence[Path]) -> str | None:
     ):
         return None
     return GPTNeoXTokenizer(**read_settings(by_name, next(iter(by_name.values())).parent)).to_json()
-
-
-def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], add_prefix_space: bool, trim_offsets: bool) -> Tokenizer:
-    backend = Tokenizer(BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, trim_offsets=trim_offsets)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> processors.TemplateProcessing:
-    """Return what puts `bos` and `eos`, (token, id), around a text; around each text of a pair."""
-    around = {name: token for name, token in (("bos", bos), ("eos", eos)) if token is not None}
-
-    def text(name: str, kind: int) -> str:
-        pieces = [f"bos:{kind}" if bos else "", f"${name}:{kind}", f"eos:{kind}" if eos else ""]
-        return " ".join(piece for piece in pieces if piece)
-
-    return processors.TemplateProcessing(
-        single=text("A", 0),
-        pair=f"{text('A', 0)} {text('B', 1)}",
-        special_tokens=[{"id": name, "ids": [index], "tokens": [token]} for name, (token, index) in around.items()],
-    )
-
-
-def _add_tokens(
-    backend: Tokenizer, added: Mapping[int, AddedToken], named: Sequence[AddedToken], extra: Sequence[AddedToken]
-) -> None:
-    """Add tokens in transformers' order, which decides the ids of new ones. Raises UserError where an id would be another."""
-    names = {token.content for token in named}
-    listed = [added[index] for index in sorted(added)]
-    backend.add_tokens([_special(token) if token.content in names else token for token in listed])
-    for index, token in sorted(added.items()):
-        if (found := backend.token_to_id(token.content)) != index:
-            raise UserError(
-                f"The added token {shown(token.content)} is listed with id {index}, but beside this vocabulary it is {found}. "
-                "Get vocabulary and added tokens of one release."
-            )
-    present = {token.content for token in listed}
-    new = [_special(token) for token in [*named, *extra] if token.content not in present]
-    backend.add_tokens(list({repr(token): token for token in new}.values()))
-
-
-def _special(token: AddedToken) -> AddedToken:
-    return AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=True,
-    )
 
 
 def _check_side(side: str) -> None:

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oxfuse.runtime.artifact import check_files, check_weights
 from oxfuse.runtime.manifest import read_manifest
-from oxfuse.runtime.model import check_files, check_weights
 
 from ..checkpoints import random_gpt_oss
 

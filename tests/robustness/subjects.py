@@ -161,7 +161,7 @@ def _use_tokenizer(folder: Path) -> None:
 
 def _use_artifact(folder: Path) -> None:
     from oxfuse.__main__ import run as run_command
-    from oxfuse.runtime.model import load
+    from oxfuse.runtime.artifact import load
 
     for options in ([], ["--json"]):
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")):

@@ -108,11 +108,11 @@ SLOW = {
 def main() -> None:
     """`oxfuse chat` with a slow scripted model, for tests at a terminal."""
     import oxfuse.__main__
+    import oxfuse.runtime.artifact
     import oxfuse.runtime.chat
-    import oxfuse.runtime.model
 
     oxfuse.runtime.chat.read_manifest = lambda folder: None  # type: ignore[assignment]
-    oxfuse.runtime.model.load = lambda folder, **options: scripted(SLOW, delay=0.02)[0]  # type: ignore[assignment]
+    oxfuse.runtime.artifact.load = lambda folder, **options: scripted(SLOW, delay=0.02)[0]  # type: ignore[assignment]
     sys.argv = ["oxfuse", "chat", str(Path("nowhere")), *sys.argv[1:]]
     oxfuse.__main__.main()
 

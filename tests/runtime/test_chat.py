@@ -19,8 +19,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import oxfuse
+import oxfuse.runtime.artifact
 import oxfuse.runtime.chat
-import oxfuse.runtime.model
 from oxfuse.runtime.chat import Chat
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.generate import Chunk
@@ -187,7 +187,7 @@ def test_what_a_chat_needs() -> None:
 def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run the command with lines in a pipe."""
     monkeypatch.setattr(oxfuse.runtime.chat, "read_manifest", lambda folder: None)
-    monkeypatch.setattr(oxfuse.runtime.model, "load", lambda folder, **options: scripted(REPLIES)[0])
+    monkeypatch.setattr(oxfuse.runtime.artifact, "load", lambda folder, **options: scripted(REPLIES)[0])
 
     def run(lines: str | bytes, *args: str) -> Result:
         result = CliRunner().invoke(oxfuse.runtime.chat.chat, ["somewhere", *args], input=lines)

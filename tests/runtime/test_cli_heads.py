@@ -36,7 +36,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
     def make(model: str | CompiledModel, **options: Any) -> CompiledModel:
         served.append(head(model, **options) if isinstance(model, str) else model)
-        monkeypatch.setattr("oxfuse.runtime.model.load", lambda folder, **_: served[-1])
+        monkeypatch.setattr("oxfuse.runtime.artifact.load", lambda folder, **_: served[-1])
         return served[-1]
 
     yield make

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers.pipelines.text_classification import TextClassificationPipeline
 from transformers.pipelines.token_classification import TokenClassificationPipeline
 
+from oxfuse.runtime.artifact import program_width
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.heads import Encoded, Window, answer, classification, tagging, windows
 from oxfuse.runtime.manifest import ProgramSpec, TensorSpec
-from oxfuse.runtime.model import CompiledModel, _width
+from oxfuse.runtime.model import CompiledModel
 
 from .head_models import LABELS, LETTERS, TASKS, byte_tokenizer, spec, table_head, toy_head, word_tokenizer
 from .toy import ToyModel, toy_engine
@@ -541,10 +542,10 @@ def test_outputs_that_do_not_fit_the_task(
     empty: dict[str, Any] = {"inputs": (), "dims": {}, "constants": {}, "files": {}}
     program = ProgramSpec(name="step", target="cpu", kind="aoti", path="p", library="l", outputs=outputs, **empty)
     if width is not None:
-        assert _width(program, spec(task, labels)) == width
+        assert program_width(program, spec(task, labels)) == width
         return
     with pytest.raises(UserError, match="the manifest is damaged"):
-        _width(program, spec(task, labels))
+        program_width(program, spec(task, labels))
 
 
 def test_blocks_return_after_every_method() -> None:
