@@ -1,7 +1,8 @@
-"""Compiled artifacts, each compiled once in a run: AOTInductor takes 20 seconds and more a program."""
+"""What the whole suite shares: compiled artifacts, each compiled once in a run, since AOTInductor takes 20 seconds and more."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from .parity.cases import CASES, NEOX_CASES, Case
 
 BY_NAME = {case.name: case for case in [*CASES, *NEOX_CASES]}
 Compiled = tuple[Case, Path, Path]
+
+
+def pytest_configure() -> None:
+    """Take interrupts: a shell's background jobs ignore them, and so would the commands that tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,8 @@ def compiled(layer: Layer, folder: Path) -> Any:
         )
 
 
-@pytest.mark.parametrize("kind", ["cpp", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cpp", "plain"])
 @pytest.mark.parametrize("ops", ["native"], indirect=True)
 def test_program_with_the_ops(kind: str, ops: OpsBuild, tmp_path: Path) -> None:
     plain = Layer({})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from oxfuse.passes.weights import WeightTable
@@ -62,15 +62,20 @@ def transformers_gpt_neox(attention: str = "eager", dtype: torch.dtype = torch.f
     return model.to(dtype)
 
 
-@torch.no_grad()
 def export_causal(model: nn.Module, batched: bool = False) -> fx.GraphModule:
     """Export at [1, T], or [B, S] with `batched`."""
+    return export_program(model, batched).module(check_guards=False)
+
+
+@torch.no_grad()
+def export_program(model: nn.Module, batched: bool = False) -> ExportedProgram:
+    """Return what `export_causal` takes its module from; it gives any number of them."""
     batch, tokens, rows = Dim("B", min=1, max=64), Dim("T", min=1, max=4096), Dim("R", min=1, max=4096)
     ids = torch.zeros(1 + batched, 5, dtype=torch.long)
     inputs = dict(input_ids=ids, position_ids=ids.clone(), logits_to_keep=torch.zeros(2, dtype=torch.long), use_cache=False)
     shape = {0: batch, 1: tokens} if batched else {1: tokens}
     dims = dict(input_ids=shape, position_ids=shape, logits_to_keep={0: rows}, use_cache=None)
-    return export(model, (), inputs, dynamic_shapes=dims, strict=False).module(check_guards=False)
+    return export(model, (), inputs, dynamic_shapes=dims, strict=False)
 
 
 def bind(module: nn.Module, weights: WeightTable, values: Mapping[str, Tensor]) -> None:

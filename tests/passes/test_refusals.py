@@ -10,7 +10,7 @@ from oxfuse.passes.graph import A, is_op
 from oxfuse.passes.manager import run_passes
 from oxfuse.passes.weights import table_of
 
-from .graphs import FUSIONS, export_causal, transformers_gpt_oss
+from .graphs import FUSIONS, export_program, transformers_gpt_oss
 
 
 def nodes(module, *targets):
@@ -97,10 +97,15 @@ def model():
     return transformers_gpt_oss(num_hidden_layers=2)
 
 
+@pytest.fixture(scope="module")
+def program(model):
+    return export_program(model)
+
+
 @pytest.mark.parametrize("change", CASES, ids=lambda c: c.__name__)
-def test_a_near_miss_is_refused_with_its_reason(model, change):
+def test_a_near_miss_is_refused_with_its_reason(model, program, change):
     fusion, reason = CASES[change]
-    module = export_causal(model)
+    module = program.module(check_guards=False)
     change(module)
     module.recompile()
     table = table_of(dict([*model.named_parameters(), *model.named_buffers()]), {}, frozenset(dict(model.named_buffers())))
@@ -110,13 +115,13 @@ def test_a_near_miss_is_refused_with_its_reason(model, change):
     assert all("layers" in r.layer or "rotary" in r.layer or "norm" in r.layer for r in results[fusion].refused)
     assert results[fusion].count < {"rms_norm": 5}.get(fusion, 2)
 
-    module = export_causal(model)
+    module = program.module(check_guards=False)
     change(module)
     with pytest.raises(UserError, match=fusion):
         run_passes(module, dict(table), requested=FUSIONS)
 
 
-def test_a_requested_fusion_without_any_match_is_an_error(model):
+def test_a_requested_fusion_without_any_match_is_an_error():
     class Plain(torch.nn.Module):
         def forward(self, x):
             return (torch.relu(x),)
@@ -128,8 +133,8 @@ def test_a_requested_fusion_without_any_match_is_an_error(model):
     assert all(r.count == 0 for r in run_passes(module, {}))
 
 
-def test_passes_are_idempotent(model):
-    module = export_causal(model)
+def test_passes_are_idempotent(model, program):
+    module = program.module(check_guards=False)
     table = table_of(dict([*model.named_parameters(), *model.named_buffers()]), {}, frozenset(dict(model.named_buffers())))
     run_passes(module, table, requested=FUSIONS)
     before = [str(n.target) for n in module.graph.nodes]

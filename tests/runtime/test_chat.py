@@ -256,7 +256,6 @@ class Terminal:
         self.screen = ""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
             root = Path(__file__).parents[2]
             os.chdir(root)
             os.environ["TERM"] = "xterm"
@@ -340,7 +339,6 @@ def test_ctrl_c_in_a_pipe_ends_the_program() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     assert program.stdin and program.stdout and program.stderr
     program.stdin.write(b"Count\n")
