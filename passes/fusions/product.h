@@ -22,6 +22,7 @@ struct DenseRows {
   int64_t rows, length;
   Tile tile(int64_t expert, int64_t row) const {
     Tile out;
+    out.ahead = NR * length;
     for (int r = 0; r < NR; ++r) out.row[r] = values + (expert * rows + std::min(row + r, rows - 1)) * length;
     return out;
   }
@@ -45,7 +46,7 @@ void product(const W& w, const float* const* x, int m, int64_t length, Scratch& 
     return;
   }
   std::fill_n(scratch.acc.get(), m * NR, Floats{});
-  Dense<float> decoded;
+  Decoded decoded;
   for (int r = 0; r < NR; ++r) decoded.row[r] = scratch.decoded.get() + r * CHUNK;
   for (int64_t begin = 0; begin < length; begin += CHUNK) {
     const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, LANES);

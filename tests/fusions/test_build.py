@@ -91,7 +91,7 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
         assert weights.startswith("Mxfp4") or not re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body), (
             "accumulators left the registers"
         )
-    per_step = {"Dense<float>": 1, "Dense<oxfuse::bfloat16>": 1, "Mxfp4": 32 // lanes}
+    per_step = {"Decoded": 1, "Dense<float>": 1, "Dense<oxfuse::bfloat16>": 1, "Mxfp4": 32 // lanes}
     assert found == {(kind, m): 6 * m * count for kind, count in per_step.items() for m in range(1, rows + 1)}
     pairs = re.findall(r"^\w+ <void oxfuse::advance_pairs<(\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
     assert {int(m): len(re.findall(r"vdpbf16ps", body)) for m, body in pairs} == (

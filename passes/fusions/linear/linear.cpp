@@ -50,11 +50,13 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
   const std::unique_ptr<float[]> wide(new float[tokens * stride]);
   std::vector<const float*> x(tokens);
   for (int64_t t = 0; t < tokens; ++t) x[t] = &wide[t * stride];
+  const bfloat16* narrow_in = data<bfloat16>(in);
   parallel_for(0, tokens, 1 + GRAIN / (stride + 1), [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      for (int64_t i = 0; i < length; ++i) wide[t * stride + i] = widen(data<bfloat16>(in)[t * length + i]);
-      std::fill(&wide[t * stride] + length, &wide[t * stride] + stride, 0.f);
-    }
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t i = 0; i < stride; i += LANES) {
+        const bfloat16* from = narrow_in + t * length + i;
+        store(&wide[t * stride + i], i + LANES <= length ? load(from) : load(from, length - i));
+      }
   });
   std::optional<Values> added;
   if (bias) added.emplace("bias", *bias);

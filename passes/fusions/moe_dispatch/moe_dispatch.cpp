@@ -18,6 +18,7 @@ struct Mxfp4Experts {
   Tile tile(int64_t expert, int64_t row) const {
     Tile out;
     out.power = power;
+    out.ahead = NR * (length / 2);
     for (int r = 0; r < NR; ++r) {
       const int64_t at = expert * rows + std::min(row + r, rows - 1);
       out.row[r] = values + at * (length / 2);
