@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from oxfuse.compiler.choices import DTYPE_NAMES, POLICIES, TARGETS
-from oxfuse.compiler.report import REPORT_JSON, REPORT_MD
+from oxfuse.compiler.report import REPORT_JSON, REPORT_MD, best_of, trial
 from oxfuse.errors import UserError
 from oxfuse.runtime.help_page import FOLDER, HelpPage, folders, one_of, option
 from oxfuse.runtime.manifest import read_manifest
@@ -107,10 +108,11 @@ def compile(source: str, output: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"{folder}  ({size_text(sum(report['sizes'].values()))}, {seconds:.0f} s)")
     made = [f"{done['count']} {done['name']}" for done in report["passes"] if done["count"]]
     click.echo(f"Passes: {', '.join(made)}.")
-    click.echo(_parity(report))
+    manifest = read_manifest(folder)
+    click.echo(_parity(report, best_of(manifest.model)))
     click.echo(f"Report: {folder / REPORT_MD}")
-    if read_manifest(folder).tokenizer_files:
-        click.echo(f"Try: oxfuse generate {output} -p 'Once upon a time'")
+    if manifest.tokenizer_files:
+        click.echo(f"Try: {trial(manifest.model.task, shlex.quote(str(output)))}")
 
 
 def _compile(source: str | Path, output: Path, options: dict[str, Any]) -> tuple[Path, float]:
@@ -141,13 +143,14 @@ def _ended_by_signal() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def _parity(report: dict[str, Any]) -> str:
+def _parity(report: dict[str, Any], best: str | None) -> str:
     parity = report["parity"]
     if parity["reason"] is not None:
         return f"Not compared with the reference: {parity['reason']}"
     return (
-        f"Against the float32 reference: RMS error {parity['rms']:.1e}, largest {parity['max']:.1e}, "
-        f"same best token in {parity['top1']:.0%} of {parity['rows']} rows."
+        f"Against the float32 reference: RMS error {parity['rms']:.1e}, largest {parity['max']:.1e}"
+        + (f", same best {best} in {parity['top1']:.0%}" if best else "")
+        + f", {parity['rows']} rows."
     )
 
 
@@ -167,7 +170,7 @@ def quickstart(output: Path, max_new_tokens: int) -> None:
         size = size_text(sum(path.stat().st_size for path in checkpoint.iterdir()))
         click.echo(f"Compiling {BUNDLED}, a GPT-OSS of {size}, for this CPU: about a minute.")
         folder, seconds = _compile(checkpoint, output, {"force": again})
-    click.echo(f"Compiled in {seconds:.0f} s. {_parity(json.loads((folder / REPORT_JSON).read_text('utf-8')))}")
+    click.echo(f"Compiled in {seconds:.0f} s. {_parity(json.loads((folder / REPORT_JSON).read_text('utf-8')), 'token')}")
     from oxfuse.runtime.artifact import load
     from oxfuse.runtime.verify import require_ok, verify_artifact
 

@@ -17,12 +17,12 @@ from oxfuse.runtime.units import size_text
 
 REPORT_JSON = "report.json"
 REPORT_MD = "report.md"
-COMMANDS = {  # how a model of each task is tried
-    "text-generation": "generate . -p 'Once upon a time'",
-    "text-classification": "classify . -p 'What a film.'",
-    "token-classification": "tag . -p 'Ada Lovelace lived in London.'",
-    "question-answering": "answer . -p 'Since when?' --context 'It opened in 1884.'",
-    "feature-extraction": "embed . -p 'Once upon a time'",
+COMMANDS = {  # how a model of each task is tried; {} is its folder
+    "text-generation": "generate {} -p 'Once upon a time'",
+    "text-classification": "classify {} -p 'What a film.'",
+    "token-classification": "tag {} -p 'Ada Lovelace lived in London.'",
+    "question-answering": "answer {} -p 'Since when?' --context 'It opened in 1884.'",
+    "feature-extraction": "embed {} -p 'Once upon a time'",
 }
 VALUES = {  # what a row of a model's values is
     "text-generation": "logits",
@@ -118,8 +118,7 @@ def _sections(report: Report) -> Iterable[str]:
     yield f"Sequences of up to {most:,} tokens, {batch:,} at a time, {step:,} tokens a step."
     yield _table(("in short", ""), [("accuracy", _accuracy_in_short(report)), *_cost(report)])
     yield "To try it, in this folder:"
-    trial = COMMANDS.get(model.task, COMMANDS["text-generation"])
-    yield f"    oxfuse {trial}\n    oxfuse verify .      # measures the accuracy again, on this machine"
+    yield f"    {trial(model.task, '.')}\n    oxfuse verify .      # measures the accuracy again, on this machine"
     if report.notes:
         yield _bullets(report.notes)
     yield from _accuracy(report)
@@ -127,7 +126,12 @@ def _sections(report: Report) -> Iterable[str]:
     yield from _what_it_is(report)
 
 
-def _best(model: ModelSpec) -> str | None:
+def trial(task: str, folder: str) -> str:
+    """Return a command that tries a model of `task` in `folder`."""
+    return "oxfuse " + COMMANDS.get(task, COMMANDS["text-generation"]).format(folder)
+
+
+def best_of(model: ModelSpec) -> str | None:
     """Return what the largest value of a row is, None where it says nothing."""
     if model.task == "text-generation":
         return "token"
@@ -136,7 +140,7 @@ def _best(model: ModelSpec) -> str | None:
 
 
 def _accuracy_in_short(report: Report) -> str:
-    parity, best = report.parity, _best(report.model)
+    parity, best = report.parity, best_of(report.model)
     if parity.top1 is None or parity.rms is None or parity.reference_rms is None:
         return "not measured, see below"
     same = f", best {best} the same in {parity.top1:.1%}" if best else ""
@@ -155,7 +159,7 @@ def _cost(report: Report) -> Iterable[tuple[str, str]]:
 
 
 def _accuracy(report: Report) -> Iterable[str]:
-    parity, best = report.parity, _best(report.model)
+    parity, best = report.parity, best_of(report.model)
     yield "## Accuracy"
     if parity.reason is not None:
         yield f"Not measured: {parity.reason} `oxfuse verify` measures it where the artifact can run."

@@ -211,7 +211,7 @@ def _grid_artifacts(
 
 
 def _random_artifact(place: Path, layers: int, vocabulary: int, plan: Plan, progress: Progress) -> tuple[Path, Path]:
-    """Return the artifact and the checkpoint in `place`, made there unless an earlier run left them; both go by their sizes."""
+    """Return the artifact, always made, and the checkpoint, made unless an earlier run left it; both go by their sizes."""
     from oxfuse.compiler.bench.random_checkpoint import write_checkpoint
     from oxfuse.compiler.pipeline import compile as compile_checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import pytest
 from oxfuse.compiler import choices, options
 from oxfuse.compiler.artifact import ArtifactWriter
 from oxfuse.errors import UserError
+from oxfuse.runtime.manifest import read_manifest
 
 from ..runtime.commands import finish, run, spawn
 
@@ -69,6 +71,24 @@ def test_the_result_is_told(pretend: dict[str, Any], tmp_path: Path) -> None:
         dense="exact",
         dump_graphs=None,
     )
+
+
+def test_what_is_told_is_the_task_s_own(
+    pretend: dict[str, Any], compiled: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(compiled("base")[2])
+    for task, labels, words, trial in (
+        ("text-generation", (), ", same best token in 100%, ", "generate DIR -p 'Once upon a time'"),
+        ("token-classification", ("A", "B"), ", same best label in 100%, ", "tag DIR -p 'Ada Lovelace lived in London.'"),
+        ("question-answering", (), "", "answer DIR -p 'Since when?' --context 'It opened in 1884.'"),
+    ):
+        model = dataclasses.replace(manifest.model, task=task, labels=labels)
+        told = dataclasses.replace(manifest, model=model, tokenizer_files={"tokenizer.json": ""})
+        monkeypatch.setattr("oxfuse.compiler.cli.read_manifest", lambda folder, told=told: told)
+        folder = tmp_path / f"made {task}"
+        *_, parity, _, last = run("compile", "org/name", "-o", folder).out.splitlines()
+        assert words in parity and ("best" in parity) == bool(words) and parity.endswith(" rows.")
+        assert last == "Try: oxfuse " + trial.replace("DIR", f"'{folder}'")
 
 
 def test_json_is_the_report_alone(pretend: dict[str, Any], tmp_path: Path) -> None:
