@@ -150,7 +150,7 @@ def test_experts_are_used(model: torch.nn.Module, tokenizer: Tokenizer) -> None:
     assert float(counts.max() / counts.sum(-1).min()) < 0.45, counts  # half would be a token's first choice always
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [PROMPTS[0], *(pytest.param(prompt, marks=pytest.mark.slow) for prompt in PROMPTS[1:])])
 def test_continuation_reads_as_python(model: torch.nn.Module, tokenizer: Tokenizer, prompt: str) -> None:
     text = continuation(model, tokenizer, prompt, 64)
     lines = text[: text.rindex("\n")].split("\n")  # whole lines only

@@ -120,6 +120,7 @@ def test_inference_of_three_contenders_and_the_twin(compiled, known_machine: Non
         measure_grid(plan, "tiny", folder, {"float32": artifact})
 
 
+@pytest.mark.slow
 def test_training_with_too_little_memory_and_too_little_time(
     checkpoint: Path, known_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def test_the_bundled_checkpoint_goes_on_learning(batches: Tensor) -> None:
     assert before < 6 and after < before - 0.5, (before, after)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_gpt_neox_learns(attention: str, batches: Tensor, tmp_path: Path) -> None:
     """From nothing; then with a new head on the trained body, which tells which rows hold an even first token."""
     torch.manual_seed(0)
