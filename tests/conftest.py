@@ -17,8 +17,10 @@ Compiled = tuple[Case, Path, Path]
 
 
 def pytest_configure() -> None:
-    """Take interrupts: a shell's background jobs ignore them, and so would the commands that tests interrupt."""
+    """Let commands take the signals that tests send: background jobs ignore interrupts, what `nohup` runs ignores hangups."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # children begin with the default, the suite itself goes on
 
 
 @pytest.fixture(scope="session")
