@@ -149,8 +149,8 @@ def _parity(report: dict[str, Any], best: str | None) -> str:
         return f"Not compared with the reference: {parity['reason']}"
     return (
         f"Against the float32 reference: RMS error {parity['rms']:.1e}, largest {parity['max']:.1e}"
-        + (f", same best {best} in {parity['top1']:.0%}" if best else "")
-        + f", {parity['rows']} rows."
+        + (f", same best {best} in {parity['top1']:.0%} of" if best else ", over")
+        + f" {parity['rows']} rows."
     )
 
 
