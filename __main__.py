@@ -17,7 +17,6 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +129,6 @@ def run(arguments: list[str]) -> int:
     except click.Abort:
         return _interrupted()
     except Exception as error:
-        for cause in _causes(error):  # a library's clean-up may fail when an interrupt goes through it
-            if isinstance(cause, KeyboardInterrupt):
-                return _interrupted()
-            if isinstance(cause, SystemExit) and isinstance(cause.code, int) and cause.code > 128:  # ended by a signal
-                return cause.code
         if settings.traceback:
             traceback.print_exception(error)
         return _explain(error, settings.traceback)
@@ -143,12 +137,6 @@ def run(arguments: list[str]) -> int:
 def _interrupted() -> int:
     click.echo(f"{NAME}: interrupted", err=True)
     return 130
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _explain(error: Exception, shown: bool) -> int:

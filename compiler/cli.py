@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import FrameType
@@ -117,27 +117,45 @@ def compile(source: str, output: Path, as_json: bool, **options: Any) -> None:
 
 def _compile(source: str | Path, output: Path, options: dict[str, Any]) -> tuple[Path, float]:
     began = time.perf_counter()
-    with PhaseLine() as line, _ended_by_signal():
-        line("load the compiler", None)
+    with PhaseLine() as line, _ended_by_signal() as check:
+
+        def progress(phase: str, done: float | None) -> None:
+            check()
+            line(phase, done)
+
+        progress("load the compiler", None)
         from oxfuse.compiler.pipeline import compile as compile_checkpoint
 
-        folder = compile_checkpoint(source, output, progress=line, **options)
+        folder = compile_checkpoint(source, output, progress=progress, **options)
     return folder, time.perf_counter() - began
 
 
 @contextlib.contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as an interrupt does, so that it leaves nothing; a nohup stays one."""
+def _ended_by_signal() -> Iterator[Callable[[], None]]:
+    """Let SIGINT, SIGTERM and SIGHUP end the block with its clean-up; a signal that is ignored, as under nohup, stays so.
+
+    Yields a function that ends the block if a signal has come: torch makes an exception that a handler raises inside its
+    callbacks an error of its own, without a cause, or drops it.
+    """
+    came: list[int] = []
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt if came[0] == signal.SIGINT else SystemExit(128 + came[0])
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        came.append(number)
+        check()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    taken = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    taken = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
     for number in taken:
         signal.signal(number, end)
     try:
-        yield
+        yield check
+    except Exception:
+        check()
+        raise
     finally:
         for number in taken:
             signal.signal(number, before[number])

@@ -158,15 +158,6 @@ def test_no_place_for_the_report(fails: Callable[[BaseException], object], monke
     assert "report it with what `oxfuse --traceback" in run("inspect").err
 
 
-def test_a_clean_up_that_fails_in_an_interrupt_is_no_fault(fails: Callable[[BaseException], object], tmp_path: Path) -> None:
-    for cause, code in ((KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(1), 70)):
-        error = RuntimeError("a mode was not set")
-        error.__context__ = cause
-        fails(error)
-        assert run("inspect").code == code
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, code in (("tqdm.auto", 2), ("oxfuse.runtime.nothing", 70)):
 

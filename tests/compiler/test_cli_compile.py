@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -190,6 +191,29 @@ def test_a_compile_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.S
     assert ran.code == (130 if number == signal.SIGINT else 128 + number), ran
     assert ran.out == "" and ran.err == ("\noxfuse: interrupted\n" if number == signal.SIGINT else "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_signal_that_torch_takes_for_an_error_ends_the_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, lost: bool
+) -> None:
+    def compile(source: object, output: Path, *, progress: Callable[..., None], **others: object) -> Path:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+        if lost:
+            progress("export and fuse", None)
+            raise AssertionError("The compile goes on.")
+        raise RuntimeError("torch/csrc: an error in a callback")
+
+    monkeypatch.setattr("oxfuse.compiler.pipeline.compile", compile)
+    before = signal.getsignal(number)
+    if number == signal.SIGINT:
+        assert run("compile", BUNDLED, "-o", tmp_path / "made").code == 130
+    else:
+        with pytest.raises(SystemExit, match="143"):
+            run("compile", BUNDLED, "-o", tmp_path / "made")
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.slow
