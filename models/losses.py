@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from oxfuse.errors import UserError
 from oxfuse.models.precision import widened
 
 IGNORED = -100
+_BLOCK_BYTES = 2 << 20
+"""Of logits in float32 that are worked on at a time: some part of a core's cache."""
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -25,11 +28,45 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
             f"The logits cover {tuple(logits.shape[:-1])} tokens, the labels {tuple(labels.shape)}. "
             "Give one label a token, and no logits_to_keep."
         )
-    wide = widened(logits).flatten(0, -2)
     target = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].flatten()
-    if num_items_in_batch is None:
-        return F.cross_entropy(wide, target, ignore_index=IGNORED)
-    return F.cross_entropy(wide, target, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+    total: Tensor = _SummedCrossEntropy.apply(logits.flatten(0, -2), target)  # type: ignore[no-untyped-call]
+    return total / ((target != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """cross_entropy(widened(logits), target, reduction="sum"), without its copies of all logits.
+
+    torch's keeps the logarithms of all probabilities for the backward pass, which fills a tensor with zeros beside them: three
+    times the logits, each in fresh memory. Here the backward pass makes the gradient alone, from one number a row, some rows at
+    a time, which stay in the cache between the operations on them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        """logits [T, V], target int64 [T] -> a scalar, float32 or float64."""
+        ctx.rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
+        log_sums = torch.cat([widened(block).logsumexp(-1) for block in logits.split(ctx.rows)])
+        counts = target != IGNORED
+        index = target.masked_fill(~counts, 0)[:, None]
+        ctx.save_for_backward(logits, log_sums, index, counts)
+        losses = log_sums - widened(logits.gather(1, index)[:, 0])
+        return losses.masked_fill(~counts, 0).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, total_gradient: Tensor) -> tuple[Tensor, None]:
+        """Return (softmax - one_hot(target)) * the gradient of the sum, in the dtype of the logits."""
+        logits, log_sums, index, counts = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        rows = (
+            tensor.split(ctx.rows) for tensor in (logits, log_sums[:, None], index, counts[:, None] * total_gradient, gradient)
+        )
+        for x, log_sum, label, factor, out in zip(*rows, strict=True):
+            block = torch.sub(widened(x), log_sum, out=out if x.dtype == log_sum.dtype else None).exp_()
+            block.scatter_add_(1, label, torch.full_like(log_sum, -1.0)).mul_(factor)
+            if block is not out:
+                out.copy_(block)
+        return gradient, None
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:

@@ -72,19 +72,20 @@ class RotaryEmbedding(ComputedBuffers):
         self.inv_freq = table.to(device)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [B, S] -> cos and sin, float32 [B, S, dim / 2]."""
-        angles = positions[..., None].float() * self.inv_freq
+        """positions int64 [B, S] -> cos and sin, float32 [B, S, R]: of each pair twice, as `rotate` wants them."""
+        angles = (positions[..., None].float() * self.inv_freq).repeat(1, 1, 2)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [B, heads, S, D] with pairs (d, d + R / 2), d < R / 2, turned by the angles of cos and sin [B, S, R / 2], R <= D.
+    """Return x [B, heads, S, D] with pairs (d, d + R / 2), d < R / 2, turned by the angles of cos and sin [B, S, R], R <= D.
 
-    The product is taken in promote(dtype, float32) and rounded once; what lies beyond R passes through.
+    The product is taken in promote(dtype, float32) and rounded once; what lies beyond R passes through. Parts are split off, not
+    sliced, since the gradient of a slice is a tensor of zeros of x's size that the slice's is copied into.
     """
-    rotated = 2 * cos.shape[-1]
-    part, rest = (x, None) if rotated == x.shape[-1] else (x[..., :rotated], x[..., rotated:])
-    first, second = widened(part).chunk(2, -1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    width = cos.shape[-1]
+    part, rest = (x, None) if width == x.shape[-1] else x.split([width, x.shape[-1] - width], -1)
+    wide = widened(part)
+    first, second = wide.chunk(2, -1)
+    turned = (wide * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)).to(x.dtype)
     return turned if rest is None else torch.cat([turned, rest], -1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from oxfuse.compiler.bench.cost import cost_of, training_operations
-from oxfuse.compiler.bench.grid_result import CONTENDERS, EAGER, INFERENCE, OURS, SDPA, TRAINING, TWIN, Cell, GridResult, Series
+from oxfuse.compiler.bench.grid_result import EAGER, INFERENCE, OURS, SDPA, TRAINING, TWIN, Cell, GridResult, Series
 from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
 from oxfuse.compiler.bench.speed import ATTEMPTS, Worker, correlation, machine_facts, take_quietly
 from oxfuse.compiler.phases import Progress, silent
@@ -33,9 +33,6 @@ DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 2, 4)
 SEQUENCES = (128, 256, 512, 1024, 2048)
 LEAST_ROUNDS = 2
-CELL_SECONDS = 60.0
-"""What a cell's rounds may take together without a budget, if that is more than LEAST_ROUNDS."""
-
 DEAR_ROUND = 60.0
 """Seconds. From here on the first round counts as one, and nothing is measured twice."""
 
@@ -48,20 +45,24 @@ MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class GridPlan:
-    """The cells and how long they may take. `budget`: seconds for the whole run, None without bounds; `wait` as in `speed.Plan`.
+    """The cells and how long they may take.
 
-    `tokens` are decoded in a turn of inference, after the prefill.
+    `peers`: of transformers' two attentions. `tokens` are decoded in a turn of inference, after the prefill. `budget`: seconds
+    for the whole run, None without bounds. `cell_seconds`: what a cell's rounds may take together without a budget, if that is
+    more than LEAST_ROUNDS; `rounds` bounds them as well. `wait` as in `speed.Plan`.
     """
 
     dtypes: tuple[str, ...] = DTYPES
     batches: tuple[int, ...] = BATCHES
     sequences: tuple[int, ...] = SEQUENCES
     parts: tuple[str, ...] = (INFERENCE, TRAINING)
+    peers: tuple[str, ...] = (EAGER, SDPA)
     tokens: int = 16
     rounds: int = 7
     threads: int
     wait: float = 60.0
     budget: float | None = None
+    cell_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         counts = {"batch": self.batches, "sequence": self.sequences, "tokens": (self.tokens,), "rounds": (self.rounds,)}
@@ -76,6 +77,8 @@ class GridPlan:
             raise UserError("--no-inference and --no-training leave nothing to measure: leave one of them out.")
         if self.budget is not None and not self.budget > 0:
             raise UserError(f"--budget is {self.budget:g}: give seconds, more than 0.")
+        if not self.cell_seconds > 0:
+            raise UserError(f"--cell-seconds is {self.cell_seconds:g}: give seconds, more than 0.")
 
     @property
     def longest(self) -> int:
@@ -148,7 +151,7 @@ def measure_grid(
                 continue
         with contextlib.ExitStack() as stack:
             contenders = {}
-            for contender in CONTENDERS:
+            for contender in (*plan.peers, OURS):
                 progress(f"{part} {dtype}: starting {contender}", None)
                 folder = artifacts[dtype] if (part, contender) == (INFERENCE, OURS) else checkpoint
                 try:
@@ -239,7 +242,7 @@ def _measure_cells(
     """Measure the cells of a part and dtype until `end`, by `time.perf_counter()`; None: all."""
     slowness = 1.0  # seconds of a round over those that the floors set
     for number, cell in enumerate(cells):
-        seconds, floor = CELL_SECONDS, len(contenders) * _weight(cell, plan)
+        seconds, floor = plan.cell_seconds, len(contenders) * _weight(cell, plan)
         if end is not None:
             left = end - time.perf_counter()
             if left < LEAST_ROUNDS * floor * slowness:

@@ -148,7 +148,7 @@ class GridResult:
     def notes(self) -> Iterator[str]:
         """Yield what a reader of the tables must know, a line each."""
         yield (
-            "Medians of turns taken one after the other. Speedup: of oxfuse over the better of the two others. Floor: operations "
+            "Medians of turns taken one after the other. Speedup: of oxfuse over the better of the others. Floor: operations "
             "over the peak (prefill, training), bytes read over the bandwidth (decode). Mem: the most that the process had in "
             "memory, over its state after imports. A/A: by how much oxfuse differs from itself, measured as two series."
         )

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from oxfuse.compiler.bench.worker import serve, tokens_for, transformers_model
-from oxfuse.runtime.engine import TokenSequence
 from oxfuse.runtime.scheduler import Job
+from oxfuse.runtime.sequence import TokenSequence
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
@@ -180,7 +180,10 @@ def oxfuse_training(folder: Path, threads: int, dtype: torch.dtype) -> Training:
 
     torch.set_num_threads(threads)
     name, before = f"oxfuse {oxfuse.__version__} reference", _resident()
-    return Training(name, before, load_reference(folder, dtype, attn_implementation="sdpa"))
+    model = load_reference(folder, dtype, attn_implementation="sdpa")
+    for parameter in model.parameters():  # mapped so far; an optimizer's first step brings them into the process's own memory
+        parameter.data = parameter.data.clone()
+    return Training(name, before, model)
 
 
 def build(engine: str, folder: Path, threads: int, part: str, dtype: torch.dtype) -> Contender:

@@ -43,7 +43,7 @@ class GPTNeoXAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the layer adds, [B, S, H], and the probabilities, [B, NH, S, K], if computed the plain way.
 
-        x [B, S, H]; rotation: cos and sin [B, S, R / 2]; visible bool [S, K] or [B, 1, S, K]: what each query sees of the K
+        x [B, S, H]; rotation: cos and sin [B, S, R]; visible bool [S, K] or [B, 1, S, K]: what each query sees of the K
         keys, those of the cache included; None: all up to itself.
         """
         qkv = self.query_key_value(x).view(*x.shape[:2], -1, 3 * self.head_dim).transpose(1, 2)  # [B, NH, S, 3 D]

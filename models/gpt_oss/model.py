@@ -57,7 +57,7 @@ class GptOssAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return what the layer adds, [B, S, H], and the probabilities, [B, NH, S, K].
 
-        x [B, S, H]; rotation: cos and sin [B, S, D / 2]; visible bool [S, K] or [B, 1, S, K]: what each query sees of the K
+        x [B, S, H]; rotation: cos and sin [B, S, D]; visible bool [S, K] or [B, 1, S, K]: what each query sees of the K
         keys, those of the cache included.
         """
         split = (*x.shape[:2], -1, self.head_dim)

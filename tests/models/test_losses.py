@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 
-from oxfuse.models.losses import causal_lm_loss, load_balancing_loss
+from oxfuse.models import losses
+from oxfuse.models.losses import IGNORED, causal_lm_loss, load_balancing_loss
 
 
 def test_causal_lm_loss() -> None:
@@ -42,3 +44,24 @@ def test_load_balancing_loss_of_even_use_is_top_k() -> None:
     """f sums to k and p is 1 / E everywhere: E * sum(f / E) = k."""
     logits = torch.full((4, 4), 0.0) + torch.eye(4) * 1e-6
     torch.testing.assert_close(load_balancing_loss([logits], 4), torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("block", [1, 4 * 17 * 3, 1 << 20], ids=["a row at a time", "three rows", "all rows"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_of_causal_lm_loss(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of torch's own cross entropy of the widened logits, rows that count for nothing and a divisor given included."""
+    monkeypatch.setattr(losses, "_BLOCK_BYTES", block)
+    logits, labels = (5 * torch.randn(2, 5, 17)).to(dtype).requires_grad_(), torch.randint(0, 17, (2, 5))
+    labels[0, 2] = labels[1, 1:3] = IGNORED
+    for count in (None, torch.tensor(3)):
+        (ours,) = torch.autograd.grad(causal_lm_loss(logits, labels, count) ** 2, logits)
+        total = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        (theirs,) = torch.autograd.grad((total / (5 if count is None else count)) ** 2, logits)
+        torch.testing.assert_close(ours, theirs)
+    assert not ours[0, 1].any() and not ours[:, -1].any()
+
+
+def test_label_outside_the_vocabulary() -> None:
+    for label in (17, -1):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            causal_lm_loss(torch.randn(1, 3, 17), torch.tensor([[0, 1, label]]))
