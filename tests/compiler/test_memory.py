@@ -30,23 +30,63 @@ SMALL = {
 }
 
 
-def test_anonymous_memory_is_counted() -> None:
-    before = memory_of(os.getpid())
-    held = bytearray(b"x") * (64 * MB)
-    after = memory_of(os.getpid())
-    assert 60 * MB < after.anonymous - before.anonymous < 80 * MB
-    assert abs(after.file - before.file) < 16 * MB
-    del held
+HOLDER = """
+import mmap, sys
+held = None
+for line in sys.stdin:
+    if line == "anonymous\\n":
+        held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(0, len(held), 4096):
+            held[page] = 1
+    elif line == "nothing\\n":
+        held.close()
+    else:
+        with open(line.strip(), "rb") as file:
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        sum(held[page] for page in range(0, len(held), 4096))
+    print("done", flush=True)
+"""
+
+
+class Holder:
+    """A process that holds what it is told and does nothing else: this one's threads and allocator have lives of their own."""
+
+    def __enter__(self) -> Holder:
+        self.process = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def hold(self, what: str) -> None:
+        """Hold 64 MB of "anonymous" memory, "nothing", or a file's pages, and return when they are all touched."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+
+def test_anonymous_memory_is_counted(tmp_path: Path) -> None:
+    with Holder() as holder:
+        (tmp_path / "file").write_bytes(b"x" * 4096)
+        holder.hold(str(tmp_path / "file"))
+        before = memory_of(holder.process.pid)
+        holder.hold("anonymous")
+        after = memory_of(holder.process.pid)
+    assert 63 * MB < after.anonymous - before.anonymous < 66 * MB
+    assert abs(after.file - before.file) < MB
 
 
 def test_mapped_file_is_counted_apart(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"x" * 4096)
     (tmp_path / "file").write_bytes(b"x" * (32 * MB))
-    before = memory_of(os.getpid())
-    storage = torch.UntypedStorage.from_file(str(tmp_path / "file"), shared=False, nbytes=32 * MB)
-    torch.tensor([], dtype=torch.uint8).set_(storage).sum()
-    after = memory_of(os.getpid())
-    assert 30 * MB < after.file - before.file < 40 * MB
-    assert after.unavoidable - before.unavoidable < 16 * MB
+    with Holder() as holder:
+        holder.hold(str(tmp_path / "small"))
+        before = memory_of(holder.process.pid)
+        holder.hold(str(tmp_path / "file"))
+        after = memory_of(holder.process.pid)
+    assert 31 * MB < after.file - before.file < 33 * MB
+    assert abs(after.unavoidable - before.unavoidable) < MB
 
 
 def test_a_process_that_is_gone_has_nothing() -> None:
@@ -85,14 +125,15 @@ def test_watch_sees_the_whole_tree() -> None:
 
 
 def test_watch_keeps_the_peak() -> None:
-    watch = MemoryWatch()
-    held = bytearray(b"x") * (64 * MB)
-    watch.look()
-    del held
-    peak = watch.peak
-    watch.look()
-    assert watch.peak == peak
-    assert peak.anonymous - memory_of(os.getpid()).anonymous > 50 * MB
+    with Holder() as holder:
+        watch = MemoryWatch(root=holder.process.pid)
+        holder.hold("anonymous")
+        watch.look()
+        holder.hold("nothing")
+        peak = watch.peak
+        watch.look()
+        assert watch.peak == peak
+        assert peak.anonymous - memory_of(holder.process.pid).anonymous > 60 * MB
 
 
 @torch.no_grad()
