@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from oxfuse import __version__
 from oxfuse.compiler.choices import TARGETS
+from oxfuse.compiler.lowering.cuda_requirements import Lack, why_not
 from oxfuse.errors import UserError
 from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.runtime.machine import Processors, cpu_features, memory, processors
@@ -30,9 +31,11 @@ from oxfuse.runtime.units import size_text
 Status = Literal["ok", "warning", "missing"]
 RUNS = ("run", "compile")
 COMPILES = ("compile",)
+CUDA = "cuda:sm_"
 
 RUN_PACKAGES = ("torch", "numpy", "tokenizers", "jinja2", "click", "tqdm")
 COMPILE_PACKAGES = ("safetensors", "huggingface_hub")
+ONNX_COMPILES, ONNX_RUNS = ("onnx",), ("onnxruntime-gpu", "onnxruntime")
 PROBE_SECONDS = 300
 ROOM = 2e9
 """Bytes below which a disk or a memory is worth a warning: a compile of 20b takes 0.8 GB of memory besides what torch takes."""
@@ -95,17 +98,22 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All findings."""
+    """All findings. `others`: targets besides cpu that can be compiled ("compile") and run ("run") here, if anything can."""
 
     findings: tuple[Finding, ...]
+    others: Mapping[str, tuple[str, ...]]
 
     def can(self, what: str) -> bool:
         """Tell whether this machine can "run" or "compile"."""
         return not any(what in finding.blocks for finding in self.findings)
 
+    def targets(self, what: str) -> list[str]:
+        """Return the targets that can be compiled or run here."""
+        return ["cpu", *self.others[what]] if self.can(what) else []
+
     def to_json(self) -> str:
         """Return it as JSON: `can` with the targets that can be compiled and run here, and the findings."""
-        can = {what: list(TARGETS) if self.can(what) else [] for what in COMPILES + RUNS[:1]}
+        can = {what: self.targets(what) for what in COMPILES + RUNS[:1]}
         return json.dumps(
             {"oxfuse": __version__, "can": can, "findings": [dataclasses.asdict(f) for f in self.findings]}, indent=1
         )
@@ -115,6 +123,8 @@ def examine(environment: Mapping[str, str], folder: Path) -> Diagnosis:
     """Look at this machine as a command sees it that is run with `environment` in `folder`. Takes some seconds."""
     torch = _probe(TORCH_PROBE, environment)
     here = processors()
+    lacks = {target: why_not(int(target.removeprefix(CUDA)), environment) for target in TARGETS if target.startswith(CUDA)}
+    gpus = [f"cuda:{arch}" for _, arch in torch.get("gpus", ())]
     findings = (
         *_system(),
         *_packages(),
@@ -125,10 +135,17 @@ def examine(environment: Mapping[str, str], folder: Path) -> Diagnosis:
         _memory(),
         *_disks({"this folder": folder, "temporary files": Path(tempfile.gettempdir())}),
         _gpu(torch, environment),
-        _onnxruntime(),
+        _cuda_targets(lacks),
+        _onnx(),
         _hub(_probe(HUB_PROBE, environment)),
     )
-    return Diagnosis(findings=findings)
+    able = {
+        "compile": [target for target, missing in lacks.items() if not missing],
+        "run": [target for target in lacks if target in gpus],
+    }
+    onnx = [target for target in TARGETS if target.startswith("onnx")]
+    others = {what: (*targets, *(onnx if _onnx_target(what) else ())) for what, targets in able.items()}
+    return Diagnosis(findings=findings, others=others)
 
 
 def _probe(code: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -304,37 +321,47 @@ def _disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
             yield Finding(name=name, status="ok", found=found)
 
 
-def _target(name: str) -> tuple[bool, str]:
-    """Tell whether this version compiles for a target of that name, and what to say where it does not."""
-    usable = any(target.startswith(name) for target in TARGETS)
-    return usable, "" if usable else f"; not needed: this version has no {name} target, only {', '.join(TARGETS)}"
-
-
 def _gpu(torch: Mapping[str, Any], environment: Mapping[str, str]) -> Finding:
     gpus = [f"{name} ({arch})" for name, arch in torch.get("gpus", ())]
-    usable, note = _target("cuda")
     if gpus:
-        return Finding(name="GPU", status="ok", found=", ".join(gpus) + note)
+        return Finding(name="GPU", status="ok", found=", ".join(gpus))
     why = f"torch is built for CUDA {torch['cuda']}" if torch.get("cuda") else "torch is built without CUDA"
     driver = "nvidia-smi is there" if shutil.which("nvidia-smi", path=environment.get("PATH", "")) else "no nvidia-smi"
-    found = f"none ({why}, {driver}){note}"
-    if usable:
-        return Finding(name="GPU", status="warning", found=found, remedy="cuda artifacts do not run here; cpu ones do")
-    return Finding(name="GPU", status="ok", found=found)
+    return Finding(name="GPU", status="ok", found=f"none ({why}, {driver}); cuda artifacts run elsewhere")
 
 
-def _onnxruntime() -> Finding:
-    found = []
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    usable, note = _target("onnx")
-    if not found and usable:
-        remedy = "pip install 'oxfuse[onnx]' to compile and run onnx targets"
-        return Finding(name="onnxruntime", status="warning", found="not installed", remedy=remedy)
-    return Finding(name="onnxruntime", status="ok", found=(", ".join(found) or "not installed") + note)
+def _cuda_targets(lacks: Mapping[str, list[Lack]]) -> Finding:
+    """Tell which GPUs can be compiled for; that needs none of them."""
+    able = [target for target, missing in lacks.items() if not missing]
+    problems = dict.fromkeys(lack for missing in lacks.values() for lack in missing)
+    if not problems:
+        return Finding(name="cuda targets", status="ok", found=f"{', '.join(able)} can be compiled")
+    found = "; ".join(lack.found for lack in problems)
+    remedy = "; ".join(lack.remedy for lack in problems)
+    return Finding(name="cuda targets", status="warning", found=found, remedy=remedy)
+
+
+def _onnx() -> Finding:
+    """Tell what is there of the packages that ONNX targets take: one makes models, the other runs them."""
+    found = {name: version for name in (*ONNX_COMPILES, *ONNX_RUNS) if (version := _version(name))}
+    told = ", ".join(f"{name} {version}" for name, version in found.items())
+    if _onnx_target("compile") and _onnx_target("run"):
+        return Finding(name="onnx targets", status="ok", found=told)
+    remedy = "pip install 'oxfuse[onnx]' to compile and run onnx targets"
+    return Finding(name="onnx targets", status="warning", found=told or "not installed", remedy=remedy)
+
+
+def _onnx_target(what: str) -> bool:
+    """Tell whether ONNX targets can be compiled ("compile") or run ("run") with the packages that are here."""
+    return any(_version(name) for name in (ONNX_COMPILES if what == "compile" else ONNX_RUNS))
+
+
+def _version(package: str) -> str:
+    """Return the version of an installed package, "" without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _hub(probe: Mapping[str, Any]) -> Finding:
@@ -358,9 +385,9 @@ def lines(diagnosis: Diagnosis) -> list[tuple[Status, str]]:
         found.append((finding.status, f"{finding.status:<7}  {finding.name:<{width}}  {finding.found}"))
         if finding.remedy:
             found.append((finding.status, f"{'':<7}  {'':<{width}}  -> {finding.remedy}"))
-    targets = ", ".join(TARGETS)
     able = [what for what in COMPILES + RUNS[:1] if diagnosis.can(what)]
-    verdict = f"This machine can {' and '.join(able)}: {targets}." if able else "This machine can neither compile nor run."
+    told = [f"{what} for {', '.join(diagnosis.targets(what))}" for what in able]
+    verdict = f"This machine can {' and '.join(told)}." if able else "This machine can neither compile nor run."
     if able == ["run"]:
         verdict += " It cannot compile; artifacts that were compiled elsewhere run."
     return [*found, ("ok" if len(able) == 2 else "missing", verdict)]

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from oxfuse.runtime.cache_size import CacheSize
-from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.errors import InternalError, UserError
 from oxfuse.runtime.manifest import CacheSpec, cache_shapes
 
-ALIGNMENT = 64
+CACHE_ALIGNMENT = 16
+"""Bytes; what programs are compiled for."""
 MAP_NORESERVE = 0x4000
 """Linux, every architecture that torch has wheels for; Python's mmap has no name for it before 3.13."""
 
@@ -94,22 +95,47 @@ def cache_dtype(spec: CacheSpec) -> torch.dtype:
     return dtype
 
 
-def allocate_caches(spec: CacheSpec, size: CacheSize) -> list[Tensor]:
-    """Return K and V of each layer in layer order, [blocks, *cache_shapes(...)]: zeros without memory behind them."""
-    dtype = cache_dtype(spec)
+def cache_dims(spec: CacheSpec, size: CacheSize) -> list[tuple[int, ...]]:
+    """Return the shapes of the caches, K and V of each layer in layer order: [blocks, *cache_shapes(...)]."""
     blocks = {layer: count for group, count in zip(spec.groups, size.blocks, strict=True) for layer in group.layers}
     if sorted(blocks) != list(range(len(spec.kv_heads))):
         raise UserError(
             f"The cache groups hold the layers {sorted(blocks)}, not 0 to {len(spec.kv_heads) - 1}: damaged manifest."
         )
-    caches = []
-    for layer in sorted(blocks):
-        shapes = cache_shapes(spec.kv_heads[layer], spec.head_dim[layer], spec.block_size)
-        caches += [_reserve((blocks[layer], *shape), dtype) for shape in shapes]
-    return caches
+    return [
+        (blocks[layer], *shape)
+        for layer in sorted(blocks)
+        for shape in cache_shapes(spec.kv_heads[layer], spec.head_dim[layer], spec.block_size)
+    ]
 
 
-def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def allocate_caches(spec: CacheSpec, size: CacheSize) -> list[Tensor]:
+    """Return the caches of `cache_dims` in the CPU's memory: zeros without memory behind them."""
+    dtype = cache_dtype(spec)
+    return [reserve(shape, dtype) for shape in cache_dims(spec, size)]
+
+
+def check_caches(caches: Sequence[Tensor], spec: CacheSpec, size: CacheSize) -> None:
+    """Raise InternalError unless `caches` are as the programs believe them to be: shape, dtype, contiguous and aligned.
+
+    A program copies a cache that does not begin at a multiple of 16 bytes, and what it writes into the copy is lost.
+    """
+    expected, dtype = cache_dims(spec, size), cache_dtype(spec)
+    for number, (cache, shape) in enumerate(zip(caches, expected, strict=True)):
+        if tuple(cache.shape) != shape or cache.dtype != dtype or not cache.is_contiguous():
+            raise InternalError(
+                f"Cache {number} is {cache.dtype} of {list(cache.shape)} with strides {list(cache.stride())}, expected {dtype} "
+                f"of {list(shape)} in one piece."
+            )
+        if cache.data_ptr() % CACHE_ALIGNMENT:
+            raise InternalError(
+                f"Cache {number} begins at address {cache.data_ptr():#x}, not at a multiple of {CACHE_ALIGNMENT}: a program "
+                "would write into a copy of it."
+            )
+
+
+def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return zeros without memory behind them, which the system commits page by page. Raises UserError where it refuses."""
     count = torch.Size(shape).numel()
     try:
         pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
@@ -118,9 +144,7 @@ def _reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             f"The system refuses to reserve {count * dtype.itemsize} bytes for a cache: {error}. "
             "Load with a smaller cache_bytes, or compile with a smaller max_context or max_batch."
         ) from error
-    cache = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
-    assert cache.data_ptr() % ALIGNMENT == 0  # else a program would copy the cache silently and lose its writes
-    return cache
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def discard(cache: Tensor) -> None:

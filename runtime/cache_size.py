@@ -57,32 +57,38 @@ def size_cache(spec: CacheSpec, limits: Limits, *, chunk: int, reserve: int, cac
 
     With `cache_bytes` all groups shrink alike, but none below what one chunk needs. Raises UserError where not even that fits.
     """
+    units = limits.max_batch * blocks_for(limits.max_context, spec.block_size)
+    whole = _sized(spec, limits, units, chunk=chunk, reserve=reserve)
+    if cache_bytes is None or whole.bytes <= cache_bytes:
+        return whole
+    least = least_cache(spec, limits, chunk=chunk, reserve=reserve)
+    if least.bytes > cache_bytes:
+        raise UserError(
+            f"cache_bytes is {cache_bytes}; the smallest cache that can run a prefill chunk of {chunk} tokens takes "
+            f"{least.bytes} bytes. Give at least that much."
+        )
+    low, high = 0, units  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _sized(spec, limits, middle, chunk=chunk, reserve=reserve).bytes <= cache_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return _sized(spec, limits, low, chunk=chunk, reserve=reserve)
+
+
+def least_cache(spec: CacheSpec, limits: Limits, *, chunk: int, reserve: int) -> CacheSize:
+    """Return the smallest cache in which one sequence can run one chunk of `chunk` tokens."""
+    return _sized(spec, limits, 0, chunk=chunk, reserve=reserve)
+
+
+def _sized(spec: CacheSpec, limits: Limits, units: int, *, chunk: int, reserve: int) -> CacheSize:
+    """Return the cache for `units` blocks' worth of sequences of `max_context`, of each group no less than one chunk needs."""
     size = spec.block_size
-    each = [block_bytes(spec, group) for group in spec.groups]
     longest = blocks_for(limits.max_context, size)
-    full = [
+    blocks = []
+    for group in spec.groups:
         # one more for the copy of a shared block
-        sequence_blocks(group, limits.max_context, block_size=size, chunk=chunk, reserve=reserve) + 1
-        for group in spec.groups
-    ]
-    least = [n if group.window else min(n, blocks_for(chunk, size) + 2) for n, group in zip(full, spec.groups, strict=True)]
-
-    def counts(units: int) -> tuple[int, ...]:
-        return tuple(1 + max(low, units * n // longest) for low, n in zip(least, full, strict=True))
-
-    def total(blocks: tuple[int, ...]) -> int:
-        return sum(n * bytes_ for n, bytes_ in zip(blocks, each, strict=True))
-
-    units = limits.max_batch * longest
-    if cache_bytes is not None and total(counts(units)) > cache_bytes:
-        if total(counts(0)) > cache_bytes:
-            raise UserError(
-                f"cache_bytes is {cache_bytes}; the smallest cache that can run a prefill chunk of {chunk} tokens takes "
-                f"{total(counts(0))} bytes. Give at least that much."
-            )
-        low, high = 0, units  # low fits, high does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if total(counts(middle)) <= cache_bytes else (low, middle)
-        units = low
-    return CacheSize(blocks=counts(units), bytes=total(counts(units)))
+        full = sequence_blocks(group, limits.max_context, block_size=size, chunk=chunk, reserve=reserve) + 1
+        least = full if group.window else min(full, blocks_for(chunk, size) + 2)
+        blocks.append(1 + max(least, units * full // longest))
+    total = sum(n * block_bytes(spec, group) for n, group in zip(blocks, spec.groups, strict=True))
+    return CacheSize(blocks=tuple(blocks), bytes=total)

@@ -1,76 +1,32 @@
-"""Runs steps: turns "these tokens of these sequences" into the flat inputs of the `step` program, over paged caches it owns.
+"""Runs steps: turns "these tokens of these sequences" into steps of the program, over paged caches it owns.
 
 A sequence is its tokens, their positions, and how many of them the caches hold; the rest is pending. That is all the state there
 is, so a sequence whose blocks were taken away is merely pending again, and a rewind is a shorter list. The engine knows nothing
-of sampling, texts or queues, and `step` may be a compiled program or any callable with its signature.
+of sampling, texts or queues, and `step` may be a compiled program or any callable with its signature. What memory the caches are
+and how inputs reach the program is the device's affair; the bookkeeping is on the host whatever the device.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oxfuse.runtime.blocks import BlockPool, allocate_caches, discard
+from oxfuse.runtime.blocks import BlockPool
 from oxfuse.runtime.cache_size import block_bytes, blocks_for, prefill_chunk, size_cache
-from oxfuse.runtime.errors import InternalError
+from oxfuse.runtime.device import Best, Device, HostDevice, Step
 from oxfuse.runtime.manifest import CacheSpec, Limits
+from oxfuse.runtime.sequence import Feed, TokenSequence, split_feeds
 
 KEPT_BYTES = 8 << 20
 """Bytes of caches that stay in memory while nothing runs: to commit so few again is quick, but not for nothing."""
 
-Step = Callable[[list[Tensor]], Tensor]
-"""The inputs in the order of the manifest, caches last, all int64 before them; returns logits [R, V]."""
-
-Rows = Literal["last", "all"] | frozenset[int]
-"""Tokens whose logits are wanted: the sequence's last, all, or those at these indices in the sequence."""
-
-
-class TokenSequence:
-    """Tokens of one sequence and the blocks that hold the keys and values of the first `cached` of them."""
-
-    def __init__(self, groups: int) -> None:
-        """Make an empty sequence with an empty block table for each group."""
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.cached = 0
-        self.tables: list[list[int]] = [[] for _ in range(groups)]
-        self.live = [0] * groups
-        """First entry of each table that is still held; those before it were freed and read 0."""
-
-    @property
-    def pending(self) -> int:
-        """Tokens that no step has run yet."""
-        return len(self.tokens) - self.cached
-
-    def append(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> None:
-        """Add tokens; their positions default to their indices in the sequence."""
-        self.positions += range(len(self.tokens), len(self.tokens) + len(tokens)) if positions is None else positions
-        self.tokens += tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feed:
-    """The next `count` pending tokens of a sequence, and which of the sequence's logits are wanted as far as they come up."""
-
-    sequence: TokenSequence
-    count: int
-    rows: Rows = "last"
-
-    def wanted(self) -> Sequence[int]:
-        """Return the indices in the sequence of those of the `count` tokens that need logits."""
-        begin, end = self.sequence.cached, self.sequence.cached + self.count
-        if self.rows == "all":
-            return range(begin, end)
-        if self.rows == "last":
-            return range(end - 1 if self.count == self.sequence.pending else end, end)
-        return [index for index in range(begin, end) if index in self.rows]
+Answer = Tensor | list[Best]
+"""What a feed gets for its wanted rows: logits float32 [n, V], or the n most likely tokens where it asked for no more."""
 
 
 class Engine:
@@ -86,19 +42,22 @@ class Engine:
         reserve: int | None = None,
         cache_bytes: int | None = None,
         threads: int | None = None,
+        device: Device | None = None,
     ) -> None:
-        """Reserve the caches.
+        """Allocate the caches, on the CPU by default.
 
         `chunk` tokens of one sequence at most go into a step; `reserve` tokens beyond the window stay in a sliding group
         (default: one chunk), so that a rewind of that many needs no recomputation. `threads` holds during steps only. Raises
         UserError where `cache_bytes` is too small.
         """
         self.step, self.cache, self.limits, self.threads = step, cache, limits, threads
+        self.device = HostDevice() if device is None else device
         self.chunk = prefill_chunk(limits, chunk)
         self.reserve = self.chunk if reserve is None else reserve
         self.size = size_cache(cache, limits, chunk=self.chunk, reserve=self.reserve, cache_bytes=cache_bytes)
         self.pools = [BlockPool(count) for count in self.size.blocks]
-        self.caches = allocate_caches(cache, self.size)
+        self.caches = self.device.allocate(cache, self.size)
+        self.device.check(self.caches, cache, self.size)
         self.steps = 0
 
     @property
@@ -114,16 +73,17 @@ class Engine:
         """Return a sequence with the same tokens that shares the blocks; whoever writes to a shared block copies it first."""
         twin = self.sequence()
         twin.tokens, twin.positions, twin.cached = [*source.tokens], [*source.positions], source.cached
-        twin.tables, twin.live = [[*table] for table in source.tables], [*source.live]
+        twin.tables, twin.live = [table[:] for table in source.tables], [*source.live]
         for pool, table in zip(self.pools, twin.tables, strict=True):
             pool.share(table)
         return twin
 
     def release(self, sequence: TokenSequence) -> None:
         """Give all blocks back. The tokens stay and are pending again."""
+        sequence.stamp = object()
         for pool, table in zip(self.pools, sequence.tables, strict=True):
             pool.drop(table)
-            table.clear()
+            del table[:]
         sequence.live, sequence.cached = [0] * len(self.pools), 0
         if not self.used_blocks:
             self._shrink()
@@ -132,8 +92,7 @@ class Engine:
         """Give the caches' memory back to the system, now that nobody uses them, if it is worth the trouble."""
         groups = zip(self.pools, self.cache.groups, strict=True)
         if sum(pool.touched * block_bytes(self.cache, group) for pool, group in groups) > KEPT_BYTES:
-            for cache in self.caches:
-                discard(cache)
+            self.device.discard(self.caches)
             for pool in self.pools:
                 pool.reset()
 
@@ -157,7 +116,7 @@ class Engine:
             return
         if not self.remembers(sequence, length):
             return self.release(sequence)
-        sequence.cached = length
+        sequence.cached, sequence.stamp = length, object()
         keep = blocks_for(length, self.cache.block_size)
         for pool, table in zip(self.pools, sequence.tables, strict=True):
             pool.drop(table[keep:])
@@ -168,28 +127,42 @@ class Engine:
         """Make the next `count` tokens' blocks the sequence's own: take new ones, copy a shared one. False if short."""
         size, end = self.cache.block_size, blocks_for(sequence.cached + count, self.cache.block_size)
         written = sequence.cached // size
-        partial = sequence.cached % size > 0
+        partial = sequence.cached % size
         copies = [bool(partial and pool.shared(table[written])) for pool, table in zip(self.pools, sequence.tables, strict=True)]
         needs = [max(0, end - len(table)) + copy for table, copy in zip(sequence.tables, copies, strict=True)]
+        if not any(needs):
+            return True
         if any(need > pool.free for need, pool in zip(needs, self.pools, strict=True)):
             return False
+        sequence.stamp = object()
         for group, (pool, table, need, copy) in enumerate(zip(self.pools, sequence.tables, needs, copies, strict=True)):
             taken = pool.take(need)
             if copy:
                 own = taken.pop()
-                for layer in self.cache.groups[group].layers:
-                    for kv in self.caches[2 * layer : 2 * layer + 2]:
-                        kv[own].copy_(kv[table[written]])
+                layers = self.cache.groups[group].layers
+                caches = [cache for layer in layers for cache in self.caches[2 * layer : 2 * layer + 2]]
+                self.device.copy_block(caches, table[written], own, partial)
                 pool.drop([table[written]])
                 table[written] = own
-            table += taken
+            table.extend(taken)
         return True
 
-    def run(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """Run one step over secured feeds and return the wanted logits of each, float32 [len(feed.wanted()), V].
+    def run(self, feeds: Sequence[Feed]) -> list[Answer]:
+        """Run secured feeds and return what each gets for its wanted rows.
 
-        The sequences advance only if the step succeeds. Raises what the step raises, InternalError if it returns the wrong shape.
+        That is one step, or several where the device cannot bring so many rows back at once. The sequences advance as far as
+        their steps succeed. Raises what the step raises, InternalError if it returns the wrong shape.
         """
+        if self.device.most_rows is None:
+            return self._step(feeds)
+        parts: list[list[Answer]] = [[] for _ in feeds]
+        for step in split_feeds(feeds, self.device.most_rows):
+            for (number, _), answer in zip(step, self._step([feed for _, feed in step]), strict=True):
+                if len(answer):
+                    parts[number].append(answer)
+        return [_joined(answers) for answers in parts]
+
+    def _step(self, feeds: Sequence[Feed]) -> list[Answer]:
         starts = np.cumsum([0, *(feed.count for feed in feeds)])
         wanted = [feed.wanted() for feed in feeds]
         rows = [
@@ -197,34 +170,24 @@ class Engine:
             for start, feed, indices in zip(starts, feeds, wanted, strict=False)
             for index in indices
         ]
+        greedy = all(feed.greedy for feed, indices in zip(feeds, wanted, strict=True) if len(indices))
         with torch.no_grad(), intra_op_threads(self.threads):
-            logits = self.step([*self._inputs(feeds, starts, rows or [0]), *self.caches])
-        if logits.dim() != 2 or logits.shape[0] != max(1, len(rows)):
-            raise InternalError(
-                f"The step returned logits of shape {list(logits.shape)}, {max(1, len(rows))} rows were asked for."
-            )
+            outcome = self.device.run(self.step, feeds, rows or [0], self.caches, greedy=greedy)
         self.steps += 1
         for feed in feeds:
             feed.sequence.cached += feed.count
             self._free_old(feed.sequence)
-        return list(torch.split(logits[: len(rows)].float(), [len(indices) for indices in wanted]))
-
-    def _inputs(self, feeds: Sequence[Feed], starts: np.ndarray, rows: Sequence[int]) -> list[Tensor]:
-        """Return int64 token_ids[T], positions[T], query_start[N+1], kv_lens[N], slots[G,T], block_tables[G,N,M], rows[R]."""
-        size, groups, total = self.cache.block_size, len(self.pools), int(starts[-1])
-        tokens, positions = np.empty(total, np.int64), np.empty(total, np.int64)
-        kv_lens = np.array([feed.sequence.cached + feed.count for feed in feeds], np.int64)
-        slots = np.empty((groups, total), np.int64)
-        tables = np.zeros((groups, len(feeds), blocks_for(int(kv_lens.max()), size)), np.int64)
-        for n, (feed, kv_len) in enumerate(zip(feeds, kv_lens, strict=True)):
-            sequence, part, known = feed.sequence, slice(starts[n], starts[n + 1]), slice(feed.sequence.cached, int(kv_len))
-            tokens[part], positions[part] = sequence.tokens[known], sequence.positions[known]
-            index = np.arange(known.start, known.stop)
-            for g, table in enumerate(sequence.tables):
-                tables[g, n, : len(table)] = table
-                slots[g, part] = tables[g, n, index // size] * size + index % size
-        flat = tokens, positions, starts.astype(np.int64), kv_lens, slots, tables, np.array(rows, np.int64)
-        return [torch.from_numpy(array) for array in flat]
+        answers, begin = list[Answer](), 0
+        for feed, indices in zip(feeds, wanted, strict=True):
+            part = slice(begin, begin := begin + len(indices))
+            if feed.greedy and outcome.best is not None:
+                answers.append(list(outcome.best[part]))
+            elif outcome.logits is not None:
+                answers.append(outcome.logits[part])
+            else:
+                assert not indices, "logits are wanted and were not brought back"
+                answers.append([])
+        return answers
 
     def _free_old(self, sequence: TokenSequence) -> None:
         for group, spec in enumerate(self.cache.groups):
@@ -234,9 +197,19 @@ class Engine:
                 live = max(0, sequence.cached - self.reserve - spec.window + 1) // self.cache.block_size
                 old = slice(sequence.live[group], live)
                 if old.start < old.stop:
-                    self.pools[group].drop(sequence.tables[group][old])
-                    sequence.tables[group][old] = [0] * (old.stop - old.start)
+                    table, sequence.stamp = sequence.tables[group], object()
+                    self.pools[group].drop(table[old])
+                    for index in range(old.start, old.stop):
+                        table[index] = 0
                     sequence.live[group] = live
+
+
+def _joined(answers: list[Answer]) -> Answer:
+    """Return the answers to a feed's pieces as one."""
+    tensors = [answer for answer in answers if isinstance(answer, Tensor)]
+    if not tensors:
+        return [best for answer in answers if isinstance(answer, list) for best in answer]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 _threads_lock = threading.RLock()

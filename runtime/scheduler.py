@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from oxfuse.runtime.cache_size import blocks_for
-from oxfuse.runtime.engine import Engine, Feed, Rows, TokenSequence
-from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.device import Best
+from oxfuse.runtime.engine import Answer, Engine
+from oxfuse.runtime.errors import InternalError, UserError
+from oxfuse.runtime.sequence import Feed, Rows, TokenSequence
 
 
 class Job(ABC):
@@ -25,6 +27,9 @@ class Job(ABC):
 
     `rows` says which logits it wants; `keep` leaves the sequence's blocks in place at the end. The scheduler's lock guards it.
     """
+
+    greedy = False
+    """Whether the most likely token is all that it wants; it must then have `receive_best`, and takes logits all the same."""
 
     def __init__(self, sequence: TokenSequence, *, rows: Rows = "last", keep: bool = False) -> None:
         """Describe the job; `Scheduler.submit` starts it."""
@@ -35,6 +40,10 @@ class Job(ABC):
     @abstractmethod
     def receive(self, indices: Sequence[int], logits: Tensor) -> None:
         """Take the logits [n, V], float32, of the n tokens at `indices` in the sequence; append tokens to it or set `done`."""
+
+    def receive_best(self, indices: Sequence[int], best: Sequence[Best]) -> None:
+        """Do `receive` knowing only the most likely token after each of those at `indices`. Called where `greedy` is set."""
+        raise InternalError(f"{type(self).__name__} asked for the most likely tokens and does not take them.")
 
 
 class _Lock:
@@ -150,9 +159,9 @@ class Scheduler:
         undelivered = dict.fromkeys(plan)
         try:
             results = self.engine.run([*plan.values()])
-            for job, indices, logits in zip(plan, wanted, results, strict=True):
-                if len(logits):
-                    self._deliver(job, indices, logits)
+            for job, indices, answer in zip(plan, wanted, results, strict=True):
+                if len(answer):
+                    self._deliver(job, indices, answer)
                 del undelivered[job]
         except Exception as error:
             for job in undelivered:
@@ -163,9 +172,12 @@ class Scheduler:
             raise
         self._sweep()
 
-    def _deliver(self, job: Job, indices: Sequence[int], logits: Tensor) -> None:
+    def _deliver(self, job: Job, indices: Sequence[int], answer: Answer) -> None:
         try:
-            job.receive(indices, logits)
+            if isinstance(answer, Tensor):
+                job.receive(indices, answer)
+            else:
+                job.receive_best(indices, answer)
         except Exception as error:  # it concerns this job alone
             self._retire(job, error)
         if job.done:
@@ -204,7 +216,7 @@ class Scheduler:
             if not count:
                 self._retire(job, self._full(job))
                 continue
-            plan[job] = Feed(sequence=job.sequence, count=count, rows=job.rows)
+            plan[job] = Feed(sequence=job.sequence, count=count, rows=job.rows, greedy=job.greedy)
             budget -= count
         return plan
 

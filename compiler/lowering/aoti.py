@@ -91,6 +91,17 @@ def lower(program: ExportedProgram, folder: Path, level: str) -> Lowered:
         if isinstance(error.inner_exception, InvalidCxxCompiler):  # CXX names one that is not there, for example
             raise UserError(f"{error.inner_exception}. `oxfuse doctor` looks at the compilers of this machine.") from error
         raise
+    library = copy_library(files, folder)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    names = tuple(sorted(runner.get_constant_names_to_original_fqns().values()))
+    return Lowered(folder=folder, library=LIBRARY, constants=names)
+
+
+def copy_library(files: object, folder: Path) -> Path:
+    """Copy the shared library among what Inductor returned, and the json files beside it, into `folder`; return the library.
+
+    `folder` is made. Raises InternalError where there is not one library.
+    """
     paths = [Path(f) for f in files if isinstance(f, str)] if isinstance(files, list) else []
     libraries = [path for path in paths if path.suffix == ".so"]
     if len(libraries) != 1:
@@ -98,8 +109,5 @@ def lower(program: ExportedProgram, folder: Path, level: str) -> Lowered:
     folder.mkdir(parents=True)
     for path in paths:
         if path.suffix in (".so", ".json"):
-            stem = path.name.replace(libraries[0].stem, Path(LIBRARY).stem)
-            shutil.copyfile(path, folder / stem)
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
-    names = tuple(sorted(runner.get_constant_names_to_original_fqns().values()))
-    return Lowered(folder=folder, library=LIBRARY, constants=names)
+            shutil.copyfile(path, folder / path.name.replace(libraries[0].stem, Path(LIBRARY).stem))
+    return folder / LIBRARY

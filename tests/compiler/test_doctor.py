@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from oxfuse.compiler import doctor
+from oxfuse.compiler.choices import TARGETS
 from oxfuse.compiler.doctor import Diagnosis, Finding, examine
 from oxfuse.runtime.machine import Memory, Processors
 
@@ -30,6 +31,9 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     return {"torch": answers[doctor.TORCH_PROBE], "hub": answers[doctor.HUB_PROBE]}
 
 
+ONNX = ["onnx", "onnx-portable"]
+
+
 def look(**environment: str) -> tuple[dict[str, Finding], Diagnosis]:
     found = examine({"PATH": os.environ["PATH"]} | environment, Path.cwd())
     return {finding.name: finding for finding in found.findings}, found
@@ -40,18 +44,22 @@ def test_a_machine_that_has_everything(probes: dict[str, dict[str, Any]]) -> Non
     assert found.can("run") and found.can("compile")
     assert {f.status for f in found.findings if f.name not in ("this folder", "temporary files")} == {"ok"}, found
     assert "g++" in by_name["C++ compiler"].found and "x86-64-v" in by_name["processor"].found
-    for name, target in (("GPU", "cuda"), ("onnxruntime", "onnx")):
-        assert f"this version has no {target} target, only cpu" in by_name[name].found
+    assert "onnx " in by_name["onnx targets"].found and "onnxruntime-gpu " in by_name["onnx targets"].found
+    assert by_name["cuda targets"].found == "cuda:sm_80, cuda:sm_90, cuda:sm_100 can be compiled"
     report = json.loads(found.to_json())
-    assert report["can"] == {"compile": ["cpu"], "run": ["cpu"]} and len(report["findings"]) == len(found.findings)
-    assert doctor.lines(found)[-1] == ("ok", "This machine can compile and run: cpu.")
+    assert report["can"] == {"compile": [*TARGETS], "run": ["cpu", *ONNX]} and len(report["findings"]) == len(found.findings)
+    verdict = (
+        "This machine can compile for cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, onnx, onnx-portable and run for cpu, onnx, "
+        "onnx-portable."
+    )
+    assert doctor.lines(found)[-1] == ("ok", verdict)
 
 
 def test_without_a_compiler(probes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     by_name, found = look(PATH=str(tmp_path))
     assert by_name["C++ compiler"].status == "missing" and "apt install g++" in by_name["C++ compiler"].remedy
     assert found.can("run") and not found.can("compile") and json.loads(found.to_json())["can"]["compile"] == []
-    assert doctor.lines(found)[-1][1].startswith("This machine can run: cpu. It cannot compile")
+    assert doctor.lines(found)[-1][1].startswith("This machine can run for cpu, onnx, onnx-portable. It cannot compile")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,7 @@ def test_versions_out_of_range(probes: dict[str, dict[str, Any]], monkeypatch: p
     assert by_name["huggingface_hub"].blocks == ("compile",) and by_name["huggingface_hub"].found == "not installed"
     assert by_name["triton"].status == "warning" and not by_name["triton"].blocks and by_name["jinja2"].status == "ok"
     assert "onnx" not in by_name and not found.can("run")
+    assert by_name["onnx targets"].found == "not installed" and "oxfuse[onnx]" in by_name["onnx targets"].remedy
 
 
 WANTED = ["torch<2.14,>=2.11", "triton<3.8,>=3.6", "huggingface_hub>=0.34", "jinja2>=3.1", 'onnx>=1.18; extra == "onnx"']
@@ -162,14 +171,20 @@ def test_memory(probes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPat
     assert look()[0]["memory"].status == status
 
 
-def test_gpus_are_told_as_far_as_there_is_a_target(probes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    probes["torch"].update(cuda="13.0", gpus=[["NVIDIA H200", "sm_90"]])
-    assert look()[0]["GPU"].found == "NVIDIA H200 (sm_90); not needed: this version has no cuda target, only cpu"
-    monkeypatch.setattr(doctor, "TARGETS", ("cpu", "cuda:sm_90", "onnx"))
-    assert look()[0]["GPU"].found == "NVIDIA H200 (sm_90)"
-    probes["torch"].update(gpus=[])
+def test_gpus(probes: dict[str, dict[str, Any]]) -> None:
     by_name, found = look()
-    assert by_name["GPU"].status == by_name["onnxruntime"].status == "warning" and found.can("compile")
+    assert by_name["GPU"].status == "ok" and "cuda artifacts run elsewhere" in by_name["GPU"].found
+    probes["torch"].update(cuda="13.0", gpus=[["NVIDIA H200", "sm_90"]])
+    by_name, found = look()
+    assert by_name["GPU"].found == "NVIDIA H200 (sm_90)" and found.targets("run") == ["cpu", "cuda:sm_90", *ONNX]
+
+
+def test_what_a_gpu_target_lacks(probes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.9.0" if name == "triton" else version(name))
+    by_name, found = look()
+    assert found.targets("compile") == ["cpu", *ONNX] and by_name["cuda targets"].status == "warning"
+    assert "triton is 3.9.0" in by_name["cuda targets"].found and "pip install 'triton==3." in by_name["cuda targets"].remedy
 
 
 def test_the_hub_and_its_secrets(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
     return made
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "oxfuse::moe_dispatch"], ids=lambda case: case.name)
 def test_experts(case: OpCase, emulated: OpsBuild) -> None:
     args = case.args(torch.bfloat16)
     got = getattr(torch.ops.oxfuse, emulated.names[case.op].removeprefix("oxfuse::"))(*args)

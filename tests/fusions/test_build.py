@@ -20,7 +20,7 @@ from oxfuse.passes.fusions.sink_attention.cases import CASES as ATTENTION
 
 
 def case(cases: tuple, name: str) -> tuple:
-    (found,) = (c for c in cases if c.name == name and c.op != "oxfuse::sink_attention_dense")
+    (found,) = (c for c in cases if c.name == name and c.op in ("oxfuse::sink_attention", "oxfuse::moe_dispatch"))
     return found.args(torch.float32)
 
 

@@ -1,1 +1,1 @@
-"""Dense layers: `aten.linear` as it is, with a kernel of our own where torch's is slow."""
+"""Dense layers: `aten.linear` as it is, with kernels of our own where torch's are slow."""

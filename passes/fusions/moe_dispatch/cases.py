@@ -1,4 +1,4 @@
-"""Inputs for the contract tests of `moe_dispatch`, and its meaning once more, as a plain loop over tokens and their experts."""
+"""Inputs for the contract tests of both ops, and their meaning once more, as a plain loop over tokens and their experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oxfuse.passes.fusions.contract import OpCase
 
-OP = "oxfuse::moe_dispatch"
+DISPATCH, EXPERTS = "oxfuse::moe_dispatch", "oxfuse::moe_experts"
 ALPHA, LIMIT = 1.702, 7.0
 
 
@@ -28,6 +28,7 @@ def _case(
     bias: Callable[[Tensor], Tensor] = lambda bias: bias,
     biases: float = 1.0,
     spread: float = 1.0,
+    op: str = DISPATCH,
 ) -> OpCase:
     """`scales` bound the bytes of gate_up; `bias` changes the router's, and `biases` scales the experts'."""
 
@@ -46,13 +47,13 @@ def _case(
         x, router, router_bias = random(*shape, hidden) * spread, random(experts, hidden), bias(random(experts))
         first, second = weight(2 * width, hidden, scales), weight(hidden, width, (119, 125))
         first_bias, second_bias = (random(experts, size).mul(biases).to(dtype) for size in (2 * width, hidden))
-        return (
-            *(x.to(dtype), router.to(dtype), router_bias.to(dtype)),
-            *(*first, first_bias, *second, second_bias),
-            *(top_k, ALPHA, LIMIT),
-        )
+        rest = *first, first_bias, *second, second_bias, top_k, ALPHA, LIMIT
+        if op == EXPERTS:
+            logits = x @ router.T + router_bias
+            return x.to(dtype), logits.to(torch.promote_types(dtype, torch.float32)), *rest
+        return x.to(dtype), router.to(dtype), router_bias.to(dtype), *rest
 
-    return OpCase(name=name, op=OP, args=args)
+    return OpCase(name=name, op=op, args=args)
 
 
 def _e2m1(code: int) -> float:
@@ -74,10 +75,15 @@ def _rows(weight: Tensor, scales: Tensor | None) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _naive(
+def _naive_dispatch(x: Tensor, router_weight: Tensor, router_bias: Tensor, *rest: Any) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).double()
+    logits = [[float(row @ token) for row in router_weight.double()] for token in rows]
+    return _naive_experts(rows, torch.tensor(logits, dtype=torch.float64) + router_bias.double(), *rest).view(x.shape)
+
+
+def _naive_experts(
     x: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor,
+    router_logits: Tensor,
     gate_up: Tensor,
     gate_up_scales: Tensor | None,
     gate_up_bias: Tensor,
@@ -93,8 +99,7 @@ def _naive(
         [_rows(w[e], None if s is None else s[e]) for e in range(len(w))]
         for w, s in ((gate_up, gate_up_scales), (down, down_scales))
     )
-    for token, result in zip(x.reshape(-1, x.shape[-1]).double(), out.view(-1, x.shape[-1]), strict=True):
-        logits = [float(row @ token + b) for row, b in zip(router_weight.double(), router_bias.double(), strict=True)]
+    for token, logits, result in zip(x.double(), router_logits.tolist(), out, strict=True):
         chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
         total = math.fsum(math.exp(logits[e]) for e in chosen)
         for e in chosen:
@@ -131,5 +136,9 @@ CASES = (
     _case("mxfp4, longer than a chunk", (12,), 544, 32, 3, 2, mxfp4=True),
     _case("mxfp4, smallest scales", (5,), 32, 32, 3, 2, mxfp4=True, scales=(0, 4), biases=0.0),
     _case("mxfp4, all tokens on one expert", (140,), 32, 32, 3, 1, mxfp4=True, bias=_one_expert),
+    _case("logits given, one token", (1,), 48, 40, 6, 3, op=EXPERTS),
+    _case("logits given, odd sizes", (5,), 19, 11, 5, 2, op=EXPERTS),
+    _case("logits given, all tokens on one expert", (20,), 34, 18, 3, 1, bias=_one_expert, op=EXPERTS),
+    _case("logits given, mxfp4, empty experts", (6,), 64, 32, 5, 2, mxfp4=True, bias=_empty_expert, op=EXPERTS),
 )
-NAIVE = {OP: _naive}
+NAIVE = {DISPATCH: _naive_dispatch, EXPERTS: _naive_experts}

@@ -1,4 +1,4 @@
-"""Mixture of experts with a clamped SwiGLU: router, experts and combination, as one op, and its registration.
+"""Mixture of experts with a clamped SwiGLU: router, experts and combination, as one op or without the router; their registration.
 
 `route`, `experts` and `combine` are separate so that expert parallelism, and checks on machines with little memory, can hold a
 slice of the experts: `combine` with the slice's first expert gives a part, and the parts add up. Experts are dense, or MXFP4 as
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from oxfuse.passes.fusions.linear.reference import arch_of
 
 
 def moe_dispatch(
@@ -31,12 +33,66 @@ def moe_dispatch(
     [E, 2I, H] and down [E, H, I] in x's dtype; with scales they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with
     gate_up_scales uint8 [E, 2I, H / 32], down likewise over I. Rows are output features; even rows of gate_up are the gate,
     odd ones the up projection. Everything is computed in promote(x.dtype, float32), the hidden values between the two
-    products included, and rounded once at the end. Raises NotImplementedError off the CPU.
+    products included, and rounded once at the end. Raises NotImplementedError on devices other than cpu and cuda.
     """
+    banks = gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias
+    if x.device.type == "cuda":
+        from oxfuse.passes.fusions.moe_dispatch.triton import launch_dispatch  # only here: triton is slow to import
+
+        args = x, router_weight, router_bias, *banks, top_k, alpha, limit
+        return launch_dispatch(torch.library.wrap_triton, *args, arch=arch_of(x.device))
     if x.device.type != "cpu":
-        raise NotImplementedError(f"oxfuse::moe_dispatch has no kernel for device {x.device}; it runs on cpu.")
+        raise NotImplementedError(f"oxfuse::moe_dispatch has no kernel for device {x.device}; it runs on cpu and cuda.")
     tokens = x.flatten(0, -2)
     indices, weights = route(tokens, router_weight, router_bias, top_k)
+    total = _mixture(tokens, indices, weights, *banks, alpha, limit)
+    return total.to(x.dtype).reshape(x.shape).contiguous()
+
+
+def moe_experts(
+    x: Tensor,
+    logits: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_bias: Tensor,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Return what `moe_dispatch` makes of few tokens x [T, H] when the router's logits [T, E] are known, [T, H], contiguous.
+
+    logits are in promote(x.dtype, float32), the rest is as for `moe_dispatch`. Meant for the tokens of a decode step.
+    Raises NotImplementedError on devices other than cpu and cuda.
+    """
+    banks = gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias
+    if x.device.type == "cuda":
+        from oxfuse.passes.fusions.moe_dispatch.triton import launch_experts  # only here: triton is slow to import
+
+        args = x, logits, *banks, top_k, alpha, limit
+        return launch_experts(torch.library.wrap_triton, *args, arch=arch_of(x.device))
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"oxfuse::moe_experts has no kernel for device {x.device}; it runs on cpu and cuda.")
+    indices, weights = choose(logits, top_k)
+    return _mixture(x, indices, weights, *banks, alpha, limit).to(x.dtype).contiguous()
+
+
+def _mixture(
+    tokens: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_bias: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Return the weighted sum of the chosen experts' outputs for tokens [T, H], in the dtype of `weights`."""
     total = torch.zeros_like(tokens, dtype=weights.dtype)
     for first in range(gate_up.shape[0]):  # one at a time: all experts of a layer in float32 may be more than the memory
         one = slice(first, first + 1)
@@ -44,7 +100,7 @@ def moe_dispatch(
         first_bank, second_bank = (gate_up[one], scales[0], gate_up_bias[one]), (down[one], scales[1], down_bias[one])
         output = experts(tokens, *first_bank, *second_bank, alpha, limit)
         total = total + combine(output, indices, weights, first)
-    return total.to(x.dtype).reshape(x.shape).contiguous()
+    return total
 
 
 def route(x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +109,11 @@ def route(x: Tensor, router_weight: Tensor, router_bias: Tensor, top_k: int) -> 
     Logits and weights are in promote(x.dtype, float32).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    logits = torch.nn.functional.linear(x.to(wide), router_weight.to(wide), router_bias.to(wide))
+    return choose(torch.nn.functional.linear(x.to(wide), router_weight.to(wide), router_bias.to(wide)), top_k)
+
+
+def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the experts of the top_k largest of logits [T, E], [T, top_k] (int64), and a softmax over these logits alone."""
     top, indices = logits.topk(top_k, dim=-1)
     return indices, top.softmax(-1)
 
@@ -114,4 +174,6 @@ def _fake(x: Tensor, *rest: object) -> Tensor:
 
 
 torch.library.triton_op("oxfuse::moe_dispatch", moe_dispatch, mutates_args=())
-torch.library.register_fake("oxfuse::moe_dispatch", _fake, allow_override=True)  # the body's own would be slow
+torch.library.triton_op("oxfuse::moe_experts", moe_experts, mutates_args=())
+for _op in ("oxfuse::moe_dispatch", "oxfuse::moe_experts"):
+    torch.library.register_fake(_op, _fake, allow_override=True)  # the body's own would be slow

@@ -1,14 +1,17 @@
 """Causal attention with grouped queries, optional sinks and an optional window: what the ops mean, and their registration.
 
 `sink_attention_dense` sees whole sequences and stands in graphs between fusion and the insertion of the cache;
-`sink_attention` runs flat tokens of many sequences over a paged cache, which it extends first. A sink is one logit per query
-head that takes part in the softmax and has no value. Nothing here depends on data, so both can be traced.
+`sink_attention` runs flat tokens of many sequences over a paged cache, which it extends first; `sink_attention_cached` is the
+same for a cache that holds the step's keys and values already. A sink is one logit per query head that takes part in the softmax
+and has no value. Nothing here depends on data, so all can be traced.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from oxfuse.passes.fusions.linear.reference import arch_of
 
 
 def sink_attention_dense(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, window: int, scale: float) -> Tensor:
@@ -49,18 +52,77 @@ def sink_attention(
     q [T, NH, D], k and v [T, KV, D], sink [NH]; k_cache [blocks, KV, D, block_size] and v_cache [blocks, KV, block_size, D],
     in which a head's block lies in one piece, and keys so that products run along them, are changed in place. All index
     tensors are int64: tokens query_start[n]..query_start[n + 1] are the last ones of sequence n, which counts kv_lens[n] keys
-    after this step (query_start [N + 1], kv_lens [N]); token t goes to slot slots[t] (block * block_size + offset; -1 writes
-    nothing; slots are unique otherwise); block_table [N, M] lists the blocks of each sequence. Token i of a sequence sees its
-    keys j with i - window < j <= i, all j <= i where window is 0. Sequences of kv_len 0, and tokens that belong to no
+    after this step (query_start [N + 1] begins with 0, kv_lens [N]); token t goes to slot slots[t] (block * block_size + offset;
+    -1 writes nothing; slots are unique otherwise); block_table [N, M] lists the blocks of each sequence. Token i of a sequence
+    sees its keys j with i - window < j <= i, all j <= i where window is 0. Sequences of kv_len 0, and tokens that belong to no
     sequence, yield 0. What lies in slots that no token of this step sees has no influence, NaN included.
-    Raises NotImplementedError off the CPU.
+    Raises NotImplementedError on devices other than cpu and cuda.
     """
+    if q.device.type == "cuda":
+        from oxfuse.passes.fusions.sink_attention import triton as kernels  # only here: triton is slow to import
+
+        wrap, arch = torch.library.wrap_triton, arch_of(q.device)
+        kernels.launch_store(wrap, k, v, k_cache, v_cache, slots, arch)
+        over = sink, k_cache, v_cache, query_start, kv_lens, block_table
+        return kernels.launch_attention(wrap, q, *over, window, scale, False, arch)
     if q.device.type != "cpu":
-        raise NotImplementedError(f"oxfuse::sink_attention has no kernel for device {q.device}; it runs on cpu.")
-    k_slots, v_slots = k_cache.permute(0, 3, 1, 2), v_cache.transpose(1, 2)  # [blocks, block_size, KV, D]
-    wide, (block_size, kv_heads) = torch.promote_types(q.dtype, torch.float32), k_slots.shape[1:3]
-    for new, cache in ((k, k_slots), (v, v_slots)):
+        raise NotImplementedError(f"oxfuse::sink_attention has no kernel for device {q.device}; it runs on cpu and cuda.")
+    store(k, v, k_cache, v_cache, slots)
+    return _attend(q, sink, k_cache, v_cache, query_start, kv_lens, block_table, window, scale)
+
+
+def sink_attention_cached(
+    q: Tensor,
+    sink: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    window: int,
+    scale: float,
+    decode: bool,
+) -> Tensor:
+    """Return attention of the flat tokens over what the paged cache holds, [T, NH, D], contiguous.
+
+    Arguments and meaning as of `sink_attention`, which is this after `store`. `decode` promises one token a sequence in the order
+    of the sequences: T = N, query_start = 0 .. N; another kernel serves that. Raises NotImplementedError on devices other than
+    cpu and cuda.
+    """
+    if q.device.type == "cuda":
+        from oxfuse.passes.fusions.sink_attention.triton import launch_attention
+
+        over = sink, k_cache, v_cache, query_start, kv_lens, block_table
+        return launch_attention(torch.library.wrap_triton, q, *over, window, scale, decode, arch_of(q.device))
+    if q.device.type != "cpu":
+        raise NotImplementedError(f"oxfuse::sink_attention_cached has no kernel for device {q.device}; it runs on cpu and cuda.")
+    return _attend(q, sink, k_cache, v_cache, query_start, kv_lens, block_table, window, scale)
+
+
+def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write k and v [T, KV, D] into the caches at `slots` [T], as `sink_attention` says; plain torch, on any device."""
+    for new, cache in zip((k, v), _by_slot(k_cache, v_cache), strict=True):
         _store(new, cache, slots)
+
+
+def _by_slot(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both caches seen as [blocks, block_size, KV, D]."""
+    return k_cache.permute(0, 3, 1, 2), v_cache.transpose(1, 2)
+
+
+def _attend(
+    q: Tensor,
+    sink: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    window: int,
+    scale: float,
+) -> Tensor:
+    k_slots, v_slots = _by_slot(k_cache, v_cache)
+    wide, (block_size, kv_heads) = torch.promote_types(q.dtype, torch.float32), k_slots.shape[1:3]
     token = torch.arange(q.shape[0], device=q.device)[:, None]  # [T, 1]
     # Gathered, not sliced: a slice would tie N + 1 to N, and the exporter cannot state that.
     start, end = (query_start[torch.arange(kv_lens.shape[0], device=q.device) + offset] for offset in (0, 1))
@@ -113,6 +175,8 @@ def _fake(q: Tensor, *rest: object) -> Tensor:
 
 torch.library.triton_op("oxfuse::sink_attention_dense", sink_attention_dense, mutates_args=())
 torch.library.triton_op("oxfuse::sink_attention", sink_attention, mutates_args=("k_cache", "v_cache"))
+torch.library.triton_op("oxfuse::sink_attention_cached", sink_attention_cached, mutates_args=())
 # By default the fake of a triton_op is its body: running that on fake tensors would make most of an export's time.
 torch.library.register_fake("oxfuse::sink_attention_dense", _fake, allow_override=True)
 torch.library.register_fake("oxfuse::sink_attention", _fake, allow_override=True)
+torch.library.register_fake("oxfuse::sink_attention_cached", _fake, allow_override=True)

@@ -1,0 +1,101 @@
+"""The seam between the engine and what steps run on: who keeps the caches, builds a step's inputs, and brings its logits back.
+
+The engine plans in lists of tokens and blocks; a device turns a plan into tensors where its memory is. `HostDevice` is the CPU;
+`oxfuse.runtime.graphs` has the one that runs on an accelerator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oxfuse.runtime.blocks import allocate_caches, check_caches, discard
+from oxfuse.runtime.cache_size import CacheSize
+from oxfuse.runtime.errors import InternalError
+from oxfuse.runtime.manifest import CacheSpec
+from oxfuse.runtime.sequence import Feed
+from oxfuse.runtime.step_inputs import flat_inputs
+
+Step = Callable[[list[Tensor]], Tensor]
+"""The inputs in the order of the manifest, caches last, all int64 before them; returns logits [R, V]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The most likely token of a row, of equals the one with the lowest id, and its logit; NaN where a logit is."""
+
+    token: int
+    logit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step gave for its rows: `logits` float32 [R, V] on the CPU, `best` one a row; None for what was not brought back."""
+
+    logits: Tensor | None
+    best: Sequence[Best] | None
+
+
+class Device(ABC):
+    """Memory and processor of steps. Guarded by whoever guards the engine; any thread may be the one that runs a step."""
+
+    most_rows: int | None = None
+    """Most rows whose logits a step may be asked for, None for any number."""
+
+    @abstractmethod
+    def allocate(self, spec: CacheSpec, size: CacheSize) -> list[Tensor]:
+        """Return the caches in the order of the program's inputs. Raises UserError where there is no memory for them."""
+
+    def check(self, caches: Sequence[Tensor], spec: CacheSpec, size: CacheSize) -> None:
+        """Raise InternalError unless `caches` are as the programs believe them to be."""
+        check_caches(caches, spec, size)
+
+    @abstractmethod
+    def run(self, step: Step, feeds: Sequence[Feed], rows: Sequence[int], caches: Sequence[Tensor], *, greedy: bool) -> Outcome:
+        """Run one step over secured feeds; `rows` are indices into its tokens, one or more.
+
+        With `greedy` the most likely tokens are enough. Raises what the step raises, InternalError if it returns the wrong shape.
+        """
+
+    @abstractmethod
+    def copy_block(self, caches: Sequence[Tensor], source: int, target: int, tokens: int) -> None:
+        """Copy block `source` of each cache, whose first `tokens` are in use, to its block `target`, before any later step."""
+
+    @abstractmethod
+    def discard(self, caches: Sequence[Tensor]) -> None:
+        """Forget what the caches hold; where memory is committed as it is used, give it back."""
+
+
+class HostDevice(Device):
+    """The CPU: caches are virtual memory that is committed as it is written, and inputs are made anew for each step."""
+
+    def allocate(self, spec: CacheSpec, size: CacheSize) -> list[Tensor]:
+        """Reserve the caches."""
+        return allocate_caches(spec, size)
+
+    def run(self, step: Step, feeds: Sequence[Feed], rows: Sequence[int], caches: Sequence[Tensor], *, greedy: bool) -> Outcome:
+        """Run the step; all logits are there anyway."""
+        block_size = caches[0].shape[-1]  # K is [blocks, KV, D, block_size]
+        inputs = [torch.from_numpy(array) for array in flat_inputs(feeds, rows, block_size)]
+        return Outcome(logits=checked_logits(step([*inputs, *caches]), len(rows)).float(), best=None)
+
+    def copy_block(self, caches: Sequence[Tensor], source: int, target: int, tokens: int) -> None:
+        """Copy a block."""
+        for cache in caches:
+            cache[target].copy_(cache[source])
+
+    def discard(self, caches: Sequence[Tensor]) -> None:
+        """Give the pages back to the system."""
+        for cache in caches:
+            discard(cache)
+
+
+def checked_logits(logits: Tensor, rows: int) -> Tensor:
+    """Return `logits` if they are [rows, V]. Raises InternalError."""
+    if logits.dim() != 2 or logits.shape[0] != rows:
+        raise InternalError(f"The step returned logits of shape {list(logits.shape)}, {rows} rows were asked for.")
+    return logits

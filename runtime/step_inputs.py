@@ -1,0 +1,68 @@
+"""The flat inputs of a step: from sequences to the arrays that the `step` program takes, and how they lie in one buffer.
+
+int64, in the program's order: token_ids [T], positions [T], query_start [N + 1], kv_lens [N], slots [G, T],
+block_tables [G, N, M], rows [R].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oxfuse.runtime.cache_size import blocks_for
+from oxfuse.runtime.sequence import Feed, TokenSequence
+
+Ints = NDArray[np.int64]
+ALIGNMENT = 8
+"""Elements, 64 bytes: a program copies an input that does not begin at a multiple of 16 bytes."""
+
+
+def flat_inputs(feeds: Sequence[Feed], rows: Sequence[int], block_size: int) -> list[Ints]:
+    """Return the inputs of a step that runs secured feeds; `rows` are indices into its tokens. Tables are as wide as needed."""
+    groups = len(feeds[0].sequence.tables)
+    starts = np.cumsum([0, *(feed.count for feed in feeds)], dtype=np.int64)
+    total = int(starts[-1])
+    tokens, positions = np.empty(total, np.int64), np.empty(total, np.int64)
+    kv_lens = np.array([feed.sequence.cached + feed.count for feed in feeds], np.int64)
+    slots = np.empty((groups, total), np.int64)
+    tables = np.zeros((groups, len(feeds), blocks_for(int(kv_lens.max()), block_size)), np.int64)
+    for n, (feed, kv_len) in enumerate(zip(feeds, kv_lens, strict=True)):
+        sequence, part, known = feed.sequence, slice(starts[n], starts[n + 1]), slice(feed.sequence.cached, int(kv_len))
+        tokens[part], positions[part] = sequence.tokens[known], sequence.positions[known]
+        copy_tables(sequence, tables[:, n])
+        index = np.arange(known.start, known.stop)
+        for g in range(groups):
+            slots[g, part] = tables[g, n, index // block_size] * block_size + index % block_size
+    return [tokens, positions, starts, kv_lens, slots, tables, np.array(rows, np.int64)]
+
+
+def copy_tables(sequence: TokenSequence, into: Ints) -> None:
+    """Write the sequence's tables into `into` [G, M], and 0 behind their ends."""
+    for table, row in zip(sequence.tables, into, strict=True):
+        known = np.frombuffer(table, np.int64)[: len(row)] if len(table) else np.empty(0, np.int64)
+        row[: len(known)] = known
+        row[len(known) :] = 0
+
+
+class Packing:
+    """Places for arrays of given shapes in one flat int64 buffer, so that one copy moves them all."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Lay the arrays out one after the other, each on a boundary of 64 bytes."""
+        self._shapes, self._begins, end = shapes, list[int](), 0
+        for shape in shapes:
+            self._begins.append(end)
+            end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        self.size = end
+        """Elements of the buffer."""
+
+    def views(self, buffer: Any) -> list[Any]:
+        """Return the arrays in `buffer`, a flat torch tensor or numpy array of `size` elements, which they share."""
+        return [
+            buffer[begin : begin + math.prod(shape)].reshape(shape)
+            for begin, shape in zip(self._begins, self._shapes, strict=True)
+        ]
