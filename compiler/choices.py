@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-TARGETS = ("cpu",)
-"""What this version compiles for and runs."""
-PLANNED_TARGETS = re.compile(r"cuda:sm_\d+|onnx|onnx-portable")
+TARGETS = ("cpu", "cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "onnx", "onnx-portable")
+"""What this version compiles for; several GPUs in one artifact are spelled cuda:sm_80,sm_90."""
+PLANNED_TARGETS = re.compile(r"cuda:sm_\d+")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 POLICIES = {
     "experts": ("exact", "int8", "int4"),

@@ -37,6 +37,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
         "oxfuse compile openai/gpt-oss-20b@main -o short --max-context 8192 --max-batch 1",
         "oxfuse compile ./checkpoint -o artifact --dtype float32 --force",
         "oxfuse compile ./checkpoint -o portable --cpu-isa x86-64-v3      # runs on processors from 2013 on",
+        "oxfuse compile ./checkpoint -o for-h100 --target cuda:sm_90      # no GPU need be here",
         "oxfuse compile ./checkpoint -o artifact --dump-graphs graphs     # every pass as text and picture",
     ),
 )
@@ -48,7 +49,12 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
 )
 @option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
 @option(
-    "--target", default="cpu", show_default=True, section="Program", shell_complete=one_of(*TARGETS), help="What to compile for."
+    "--target",
+    default="cpu",
+    show_default=True,
+    section="Program",
+    shell_complete=one_of(*TARGETS),
+    help="cpu, GPUs as cuda:sm_90 or cuda:sm_80,sm_90 (none need be here), onnx or onnx-portable.",
 )
 @option(
     "--cpu-isa",
@@ -56,7 +62,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Program",
     shell_complete=one_of(*POLICIES["cpu_isa"]),
-    help="native, x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).",
+    help="native (on the host of a GPU x86-64-v3), x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).",
 )
 @option("--max-context", type=int, metavar="N", section="Program", help="Longest sequence in tokens; by default the model's.")
 @option("--max-batch", type=int, metavar="N", default=8, show_default=True, section="Program", help="Most sequences in one step.")
@@ -68,7 +74,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Numerics",
     shell_complete=one_of(*DTYPE_NAMES),
-    help="float32, bfloat16 or auto: the checkpoint's own.",
+    help="float32, bfloat16, float16 (GPUs alone) or auto: the checkpoint's own.",
 )
 @option(
     "--experts",
@@ -76,7 +82,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Numerics",
     shell_complete=one_of(*POLICIES["experts"]),
-    help="How experts are computed; cpu has exact.",
+    help="How experts are computed; int8 and int4 lose, and are for target onnx.",
 )
 @option(
     "--activations",
@@ -84,7 +90,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Numerics",
     shell_complete=one_of(*POLICIES["activations"]),
-    help="How activations are computed; cpu has exact.",
+    help="How activations are computed; exact so far.",
 )
 @option(
     "--dense",
@@ -92,7 +98,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Numerics",
     shell_complete=one_of(*POLICIES["dense"]),
-    help="How dense weights are stored; cpu has exact.",
+    help="How dense weights are stored; exact so far.",
 )
 def compile(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Compile the checkpoint SRC into an artifact.

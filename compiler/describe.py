@@ -9,53 +9,52 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oxfuse import __version__
 from oxfuse.compiler.artifact import folder_bytes
-from oxfuse.compiler.export import step_signature
+from oxfuse.compiler.export import StepLimits, step_signature
 from oxfuse.compiler.fuse import Fused, cache_spec
 from oxfuse.compiler.golden import GOLDEN
-from oxfuse.compiler.lowering.aoti import Lowered
-from oxfuse.compiler.options import BLOCK_SIZE
 from oxfuse.compiler.plan import Plan
 from oxfuse.compiler.process_memory import MemoryWatch
+from oxfuse.compiler.programs import BuiltProgram, BuiltPrograms
 from oxfuse.compiler.report import MemoryReport, Parity, ProgramReport, Report
-from oxfuse.passes.fusions.build import OpsBuild
 from oxfuse.runtime.manifest import (
     FORMAT_VERSION,
+    ONNX,
+    DimRange,
     GenerationSpec,
+    Limits,
     Manifest,
     ModelSpec,
     OpsLibrary,
     PassRecord,
     ProgramSpec,
     Requirements,
+    TensorSpec,
     WeightFile,
 )
 
+if TYPE_CHECKING:
+    from oxfuse.compiler.lowering.onnx import OnnxModel
+
+EXPERTS = {
+    "exact": "exact: the checkpoint's own values",
+    "int8": "int8: weights of 8 bits in blocks of 32, which hold MXFP4 exactly; their inputs rounded to 8 bits in blocks",
+    "int4": "int4: weights of 4 bits in blocks of 32, not exact; their inputs rounded to 8 bits in blocks",
+}
+
 
 def describe_artifact(
-    plan: Plan, fused: Fused, lowered: Lowered, ops: OpsBuild, weights: WeightFile, constants: Mapping[str, str], folder: Path
+    plan: Plan, fused: Fused, built: BuiltPrograms, weights: WeightFile, constants: Mapping[str, str], folder: Path
 ) -> Manifest:
     """Return the manifest of the artifact in `folder`, all files written. `constants` maps constants to stored names."""
-    inputs, outputs, dims = step_signature(
-        fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, width=fused.width, limits=plan.step_limits
-    )
-    dtype = _name(plan.dtype)
-    program = ProgramSpec(
-        name="step",
-        target="cpu",
-        kind="aoti",
-        path=lowered.folder.relative_to(folder).as_posix(),
-        library=lowered.library,
-        inputs=inputs,
-        outputs=outputs,
-        dims=dims,
-        constants=dict(constants),
-        files={path.name: _sha256(path) for path in sorted(lowered.folder.iterdir())},
-    )
+    dtype, ops = _name(plan.dtype), built.ops
+    native = [program for program in built.programs if program.onnx is None]
+    libraries = [program.lowered.folder / program.lowered.library for program in native]
     return Manifest(
         format_version=FORMAT_VERSION,
         name=plan.fingerprint["name"],
@@ -66,31 +65,32 @@ def describe_artifact(
             task=plan.task,
             dtype=dtype,
             vocab_size=plan.config.vocab_size,
-            pooling="rightmost" if plan.contract.tasks[plan.task].pooled else "none",
+            pooling="rightmost" if plan.pooled else "none",
             labels=_labels(plan),
             problem_type=plan.config.problem_type,
             config=plan.config.to_dict(),
         ),
-        generation=_generation(plan),
-        programs=(program,),
-        ops_library=OpsLibrary(
-            path=ops.path.relative_to(folder).as_posix(), probe=min(ops.names.values()), sha256=_sha256(ops.path)
-        ),
-        cache=cache_spec(fused.cache, plan.dtype),
+        generation=generation_of(plan),
+        programs=tuple(_program_spec(program, plan, fused, constants, folder) for program in built.programs),
+        ops_library=None
+        if ops is None
+        else OpsLibrary(path=ops.path.relative_to(folder).as_posix(), probe=min(ops.names.values()), sha256=_sha256(ops.path)),
+        cache=cache_spec(fused.cache, plan.block_size, plan.dtype),
         limits=plan.limits,
         requirements=Requirements(
-            torch=".".join(torch.__version__.split(".")[:2]),
-            platform=sys.platform,
-            machine=platform.machine(),
-            cpu_isa=plan.level,
-            cpu_features=plan.features,
-            glibc=_glibc_needed([ops.path, lowered.folder / lowered.library]),
+            torch=".".join(torch.__version__.split(".")[:2]) if native else "",
+            platform=sys.platform if native else "",
+            machine=platform.machine() if native else "",
+            cpu_isa=plan.level if native else "",
+            cpu_features=plan.features if native else (),
+            glibc=_glibc_needed([*libraries, *([] if ops is None else [ops.path])]),
+            gpu_archs=tuple(f"sm_{arch}" for arch in plan.options.archs),
         ),
         weights=(weights,),
         passes=tuple(PassRecord(name=p.name, count=p.count, checked=p.checked, max_error=p.max_error) for p in fused.passes),
         numerics={
             "activations": f"exact: {dtype}, float32 inside fused ops",
-            "experts": "exact: the checkpoint's own values",
+            "experts": EXPERTS[plan.options.experts],
             "dense": f"exact: {dtype}",
             "cache": dtype,
         },
@@ -99,12 +99,58 @@ def describe_artifact(
     )
 
 
+def _program_spec(built: BuiltProgram, plan: Plan, fused: Fused, constants: Mapping[str, str], folder: Path) -> ProgramSpec:
+    lowered = built.lowered
+    if built.onnx is not None:
+        inputs, outputs, dims = onnx_signature(built.onnx, built.limits, plan.limits)
+    else:
+        inputs, outputs, dims = step_signature(
+            fused.cache, block_size=plan.block_size, dtype=plan.dtype, width=fused.width, limits=built.limits
+        )
+    return ProgramSpec(
+        name=built.name,
+        target=built.target,
+        kind="aoti" if built.onnx is None else ONNX,
+        path=lowered.folder.relative_to(folder).as_posix(),
+        library=lowered.library,
+        inputs=inputs,
+        outputs=outputs,
+        dims=dims,
+        constants={name: constants[name] for name in lowered.constants},
+        files={path.name: _sha256(path) for path in built.files},
+    )
+
+
+def onnx_signature(
+    model: OnnxModel, limits: StepLimits, bounds: Limits
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, DimRange]]:
+    """Return inputs, outputs and dims of an ONNX model as the manifest states them."""
+    from oxfuse.passes.onnx_graph import DTYPES  # onnx is for its targets alone
+
+    names = {onnx_type: _name(dtype) for dtype, onnx_type in DTYPES.items()}
+
+    def spec(value: Any) -> TensorSpec:
+        tensor = value.type.tensor_type
+        return TensorSpec(
+            name=value.name,
+            dtype=names[tensor.elem_type],
+            shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
+        )
+
+    inputs, outputs = (tuple(spec(value) for value in values) for values in (model.inputs, model.outputs))
+    used = {size for value in (*inputs, *outputs) for size in value.shape if isinstance(size, str)}
+    most = {"batch_size": limits.sequences, "past_sequence_length": bounds.max_context - 1}
+    least = {"past_sequence_length": 0}
+    dims = {name: DimRange(min=least.get(name, 1), max=most.get(name, bounds.max_context)) for name in sorted(used)}
+    return inputs, outputs, dims
+
+
 def _labels(plan: Plan) -> tuple[str, ...]:
     """Return the names of what a classifier tells apart."""
     return tuple(plan.config.id2label.values()) if plan.task in ("text-classification", "token-classification") else ()
 
 
-def _generation(plan: Plan) -> GenerationSpec:
+def generation_of(plan: Plan) -> GenerationSpec:
     """Return the end-of-text tokens: those of generation_config.json before those of config.json."""
 
     def ids(name: str) -> tuple[int, ...]:
@@ -118,15 +164,15 @@ def _generation(plan: Plan) -> GenerationSpec:
 def report_of(
     manifest: Manifest,
     folder: Path,
-    calls: dict[str, int],
+    built: BuiltPrograms,
     seconds: dict[str, float],
     parity: Parity,
     watch: MemoryWatch,
     notes: tuple[str, ...] = (),
 ) -> Report:
-    """Return the report of a finished artifact; `calls` counts the program's ops, `seconds` is wall time by phase."""
-    (spec,) = manifest.programs
-    code = folder_bytes(folder / "programs")
+    """Return the report of a finished artifact; `seconds` is wall time by phase."""
+    code = sum(path.stat().st_size for program in built.programs for path in program.files if program.onnx is not None)
+    code += folder_bytes(folder / "programs")
     weights = sum(w.bytes for w in manifest.weights)
     return Report(
         name=manifest.name,
@@ -134,7 +180,16 @@ def report_of(
         source=manifest.source,
         model=dataclasses.replace(manifest.model, config={}),
         limits=manifest.limits,
-        programs=(ProgramReport(name=spec.name, target=spec.target, bytes=code, ops=calls),),
+        programs=tuple(
+            ProgramReport(
+                name=program.name,
+                target=program.target,
+                bytes=sum(path.stat().st_size for path in program.files),
+                ops=program.calls,
+                anatomy=None if program.anatomy is None else program.anatomy.to_json(),
+            )
+            for program in built.programs
+        ),
         sizes={"programs": code, "weights": weights, "other": folder_bytes(folder) - code - weights},
         passes=manifest.passes,
         seconds=seconds,

@@ -5,7 +5,10 @@ Everything here works on weights that were never read; what enters and leaves ar
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,23 +32,49 @@ class StepLimits:
 
 
 @torch.no_grad()  # or the rotation hides in a submodule under wrap_with_set_grad_enabled
-def export_reference(model: Reference, max_tokens: int = 8192) -> fx.GraphModule:
+def export_reference(model: Reference, max_tokens: int = 8192, *, batched: bool = False) -> fx.GraphModule:
     """Return the pre-dispatch ATen graph of ids [1, T], positions [1, T], logits_to_keep [R] -> values [1, R, ...].
 
-    That is the model's `rows`; parameters keep their names.
+    That is the model's `rows`; parameters keep their names. `batched`: of any number of sequences of equal lengths, [B, T].
     """
     tokens, rows = Dim("T", min=1, max=max_tokens), Dim("R", min=1, max=max_tokens)
-    ids = torch.zeros(1, 5, dtype=torch.long)
+    batch = {0: Dim("B", min=1, max=1 << 20)} if batched else {}
+    ids = torch.zeros(2 if batched else 1, 5, dtype=torch.long)
     inputs = {
         "input_ids": ids,
         "position_ids": ids.clone(),
         "logits_to_keep": torch.zeros(2, dtype=torch.long),
     }
-    dims = {"input_ids": {1: tokens}, "position_ids": {1: tokens}, "logits_to_keep": {0: rows}}
+    dims = {"input_ids": {**batch, 1: tokens}, "position_ids": {**batch, 1: tokens}, "logits_to_keep": {0: rows}}
+    _order_multiples()
     program = export(_Rows(model), (), inputs, dynamic_shapes=dims, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+@functools.cache
+def _order_multiples() -> None:
+    """Let torch know before 2.13 what it knows since: which of several multiples of one size is the least.
+
+    Without it, to see two dims before a dynamic one as one ends in a guard such as min(64 T, 128 T) == 64 T, and the export is
+    refused.
+    """
+    from torch.utils._sympy import functions
+
+    base: Any = functions.MinMaxBase
+    if hasattr(base, "_collapse_known_multiplicative_terms"):
+        return
+    find = base._find_localzeros.__func__
+
+    def find_least(cls: Any, values: Any, /, **options: Any) -> Collection[Any]:
+        found: Collection[Any] = find(cls, values, **options)
+        parts = [value.as_coeff_Mul() for value in found]
+        if cls is functions.Min and len({term for _, term in parts}) == 1 and parts[0][1].is_nonnegative:
+            return {min(zip(parts, found, strict=True), key=lambda pair: pair[0][0])[1]}
+        return found
+
+    base._find_localzeros = classmethod(find_least)
 
 
 class _Rows(nn.Module):
@@ -65,13 +94,24 @@ class _Rows(nn.Module):
 
 @torch.no_grad()
 def export_step(
-    step: fx.GraphModule, cache: PagedCache, *, block_size: int, dtype: torch.dtype, limits: StepLimits
+    step: fx.GraphModule,
+    cache: PagedCache,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    limits: StepLimits,
+    one_token: bool = False,
 ) -> ExportedProgram:
-    """Return the step module as an exported program with dynamic dims, each of minimum 1 (N + 1: 2)."""
+    """Return the step module as an exported program with dynamic dims, each of minimum 1 (N + 1: 2).
+
+    With `one_token` every sequence adds one token, so that T is N.
+    """
     sizes = {"T": limits.tokens, "N": limits.sequences, "N1": limits.sequences + 1, "M": limits.table, "R": limits.tokens}
-    example = {"T": 5, "N": 3, "N1": 4, "M": 6, "R": 2}
+    example = {"T": 3 if one_token else 5, "N": 3, "N1": 4, "M": 6, "R": 2}
     # The examples lie inside even where the limits are smaller; the runtime keeps to the limits.
     dims = {name: Dim(name, min=1 + (name == "N1"), max=max(size, example[name] + 1)) for name, size in sizes.items()}
+    if one_token:
+        dims["T"] = dims["N"]
     groups = len(cache.windows)
     args, shapes = [], []
     for name in STEP_INPUTS:

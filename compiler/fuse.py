@@ -12,7 +12,6 @@ import torch
 from torch import fx, nn
 
 from oxfuse.compiler.export import CACHE_FREE_INPUTS, export_reference
-from oxfuse.compiler.options import BLOCK_SIZE
 from oxfuse.models.reference import Reference
 from oxfuse.passes.insert_cache import PagedCache, insert_paged_cache
 from oxfuse.passes.manager import Observer, PassResult, Policy, run_passes
@@ -44,8 +43,9 @@ def fuse(
     policy: Policy = "strict",
     observe: Observer | None = None,
     export: Callable[[Reference], fx.GraphModule] = export_reference,
+    insert: Callable[[fx.GraphModule, Mapping[str, str]], tuple[fx.GraphModule, PagedCache]] = insert_paged_cache,
 ) -> Fused:
-    """Export `model`, run the passes, insert the paged cache.
+    """Export `model`, run the passes, insert the cache, a paged one by default.
 
     `encodings` tells how the checkpoint stores a parameter ("dense" where it says nothing); `requested` names the fusions that
     the model must have. Raises UserError where a fusion is refused (policy strict).
@@ -55,7 +55,7 @@ def fuse(
     results = run_passes(module, weights, requested=requested, policy=policy, observe=observe)
     (values,) = module.graph.output_node().all_input_nodes
     width = int(values.meta["val"].shape[-1])
-    step, cache = insert_paged_cache(module, CACHE_FREE_INPUTS)
+    step, cache = insert(module, CACHE_FREE_INPUTS)
     results.append(PassResult(name="insert_cache", count=len(cache.layers)))
     if observe is not None:
         observe("insert_cache", step)
@@ -75,11 +75,11 @@ def tied_table(model: nn.Module, encodings: Mapping[str, Encoding]) -> WeightTab
     return table
 
 
-def cache_spec(cache: PagedCache, dtype: torch.dtype) -> CacheSpec:
+def cache_spec(cache: PagedCache, block_size: int, dtype: torch.dtype) -> CacheSpec:
     """Return the manifest's description of a cache."""
     groups = range(len(cache.windows))
     return CacheSpec(
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         dtype=str(dtype).removeprefix("torch."),
         kv_heads=tuple(layer.kv_heads for layer in cache.layers),
         head_dim=tuple(layer.head_dim for layer in cache.layers),

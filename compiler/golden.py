@@ -1,8 +1,8 @@
 """Writes what the oracle says about a fixed text of random tokens; an artifact is measured against it wherever it runs.
 
 In: a checkpoint's tensors. Out: `golden.safetensors` with token_ids [T], positions [T], rows [R] (indices into T), logits
-[R, V] float32 (or what a head gives for these rows) and, where the model routes, router_indices [L, T, k]. The oracle is the
-reference in float32, run in bounded memory.
+[R, V] float32 (or what a head gives for these rows) and, where the model routes, router_indices [L, T, k]; own_logits [R, V] of
+the artifact's own weights where these are not the checkpoint's. The oracle is the reference in float32, run in bounded memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ def write_golden(
     task: str,
     sources: Mapping[str, TensorSource],
     max_context: int,
+    own: Mapping[str, TensorSource] | None = None,
     seed: int = SEED,
 ) -> dict[str, Tensor]:
     """Run the oracle over min(256, `max_context`) seeded token ids, write its answers to `path`, return them.
+
+    `own` are the weights that the artifact stores, where they are not those of `sources`.
 
     The same checkpoint and seed give the same file. Raises UserError if the model answers with infinities or NaN: a checkpoint
     that is damaged, or not what its config says.
@@ -50,7 +53,10 @@ def write_golden(
     wanted: dict[str, Any] = {"output_router_logits": True} if top_k is not None else {}
     with torch.inference_mode():
         answer = stream_oracle(contract, config, task, sources, token_ids[None], positions[None], rows=rows, **wanted)
+        stored = None if own is None else stream_oracle(contract, config, task, own, token_ids[None], positions[None], rows=rows)
     golden = {"token_ids": token_ids, "positions": positions, "rows": rows, "logits": answer.values[0].float()}
+    if stored is not None:
+        golden["own_logits"] = stored.values[0].float()
     if top_k is not None and answer.router_logits is not None:
         # Top-k on the logits in float32, as the model chooses.
         chosen = [logits.reshape(length, -1).float().topk(top_k, dim=-1).indices for logits in answer.router_logits]

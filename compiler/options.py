@@ -12,8 +12,9 @@ from oxfuse.errors import UserError
 from oxfuse.runtime.manifest import TaskName
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES if name != "auto"}
-BLOCK_SIZE = 16
-"""Tokens of one block of the KV cache: a sliding window of 128 is 8 blocks, and a short sequence wastes at most 15 slots."""
+BLOCK_SIZES = {"cpu": 16, "cuda": 64}
+"""Tokens of one block of the KV cache. On a CPU a window of 128 is 8 blocks, and a short sequence wastes at most 15 slots; on a
+GPU a block is a tile of the attention kernels, whose rows of keys fill 128 bytes."""
 MAX_STEP_TOKENS = 8192
 """Most tokens of one step: keeps index arithmetic in 32 bits on every target."""
 
@@ -34,13 +35,12 @@ class CompileOptions:
     provider: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            known = isinstance(self.target, str) and PLANNED_TARGETS.match(self.target)
-            what = "is not built by this version of oxfuse" if known else "is not a target"
-            raise UserError(f"target {self.target!r} {what}; targets: {', '.join(TARGETS)}.")
+        self._check_target()
         if self.dtype not in DTYPE_NAMES:
             raise UserError(f"dtype {self.dtype!r} is not supported; choose {', '.join(DTYPES)} or auto.")
-        if self.dtype == "float16":
+        if self.device == "onnx" and self.dtype not in ("auto", "float32"):
+            raise UserError(f"dtype {self.dtype} is not supported by target {self.target}; choose float32.")
+        if self.dtype == "float16" and not self.archs:
             raise UserError("dtype float16 is not supported by target cpu; choose bfloat16 or float32.")
         if self.task is not None and self.task not in get_args(TaskName):
             raise UserError(f"task {self.task!r} is unknown; tasks: {', '.join(get_args(TaskName))}.")
@@ -52,7 +52,30 @@ class CompileOptions:
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
         for name in ("experts", "activations", "dense"):
-            if (value := getattr(self, name)) != "exact":
-                raise UserError(f"{name}={value!r} is not available for target cpu in this version; leave it at exact.")
+            if (value := getattr(self, name)) != "exact" and (name, self.target) != ("experts", "onnx"):
+                raise UserError(f"{name}={value!r} is not available for target {self.target} in this version; leave it at exact.")
+        if self.provider != "cpu" and self.target == "onnx":
+            raise UserError(f"provider {self.provider!r} is not available in this version; leave it at cpu.")
         if self.provider != "cpu":
-            raise UserError(f"provider {self.provider!r} belongs to target onnx; target cpu takes none.")
+            raise UserError(f"provider {self.provider!r} belongs to target onnx; target {self.target} takes none.")
+
+    @property
+    def device(self) -> str:
+        """Return the kind of device: "cpu", "cuda" or "onnx"."""
+        return self.target.partition(":")[0].partition("-")[0]
+
+    @property
+    def archs(self) -> tuple[int, ...]:
+        """Return the GPU archs, (80, 90) for cuda:sm_80,sm_90; none for a CPU."""
+        names = self.target.partition(":")[2]
+        return tuple(sorted({int(name.removeprefix("sm_")) for name in names.split(",")})) if names else ()
+
+    def _check_target(self) -> None:
+        targets = [self.target]
+        if isinstance(self.target, str) and self.target.startswith("cuda:"):
+            targets = [f"cuda:{arch}" for arch in self.target.removeprefix("cuda:").split(",")]
+        for target in targets:
+            if target not in TARGETS:
+                known = isinstance(target, str) and PLANNED_TARGETS.fullmatch(target)
+                what = "is not built by this version of oxfuse" if known else "is not a target"
+                raise UserError(f"target {target!r} {what}; targets: {', '.join(TARGETS)}, several GPUs as cuda:sm_80,sm_90.")

@@ -7,36 +7,42 @@ oracle, write manifest and report, measure the result. Everything happens in a f
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from oxfuse.compiler.artifact import ArtifactWriter
-from oxfuse.compiler.describe import describe_artifact, report_of
-from oxfuse.compiler.export import export_step
+from oxfuse.compiler.describe import describe_artifact, generation_of, report_of
+from oxfuse.compiler.export import export_reference
 from oxfuse.compiler.fuse import Fused, fuse
 from oxfuse.compiler.golden import GOLDEN, write_golden
-from oxfuse.compiler.lowering.aoti import lower, use_ops
 from oxfuse.compiler.measure import measure
-from oxfuse.compiler.options import BLOCK_SIZE, CompileOptions
+from oxfuse.compiler.options import CompileOptions
 from oxfuse.compiler.phases import Phases, Progress, silent
 from oxfuse.compiler.plan import Plan, make_plan
 from oxfuse.compiler.process_memory import MemoryWatch
+from oxfuse.compiler.programs import BuiltPrograms, build_programs
+from oxfuse.compiler.quantised import Quantised
 from oxfuse.compiler.report import Parity, write_report
 from oxfuse.compiler.source import open_source
-from oxfuse.compiler.weight_file import entry_of, write_weights
+from oxfuse.compiler.weight_file import WeightEntry, entry_of, write_weights
 from oxfuse.errors import UserError
-from oxfuse.models.tensor_source import MemoryTensor
+from oxfuse.models.tensor_source import MemoryTensor, TensorSource
 from oxfuse.models.virtual import virtual_model
-from oxfuse.passes.dump import GraphDumps, op_counts
-from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops
+from oxfuse.passes.dump import GraphDumps
+from oxfuse.passes.fusions.moe_dispatch.quantise import BlockValues
+from oxfuse.passes.insert_past import insert_past
+from oxfuse.passes.weights import Weight
 from oxfuse.runtime.manifest import MANIFEST, Manifest, WeightFile
 
-PROGRAMS = "programs/cpu"
+if TYPE_CHECKING:
+    from oxfuse.compiler.lowering.onnx import OnnxModel
+
 WEIGHTS = "weights.safetensors"
 
 
@@ -58,10 +64,11 @@ def compile(
     """Compile a checkpoint into an artifact and return the artifact's folder.
 
     source: a folder or a hub id `org/name[@revision]`. output: the artifact's place; it may exist when empty, or with `force`.
-    dtype: "float32", "bfloat16" or "auto" (the checkpoint's own; float16 becomes bfloat16) of activations, cache and
-    unquantised weights. task: inferred from the checkpoint's architecture. max_context: longest sequence in tokens, the model's
-    own by default. max_batch: most sequences in one step. tokenizer: a folder with tokenizer files, the source's by default.
-    dump_graphs: a folder for the graph after every pass. policy: see `CompileOptions`.
+    target: "cpu", or GPU archs as "cuda:sm_90" or "cuda:sm_80,sm_90", whether or not this machine has one. dtype: "float32",
+    "bfloat16", "float16" (cuda alone) or "auto" (the checkpoint's own; float16 becomes bfloat16 on a CPU) of activations, cache
+    and unquantised weights. task: inferred from the checkpoint's architecture. max_context: longest sequence in tokens, the
+    model's own by default. max_batch: most sequences in one step. tokenizer: a folder with tokenizer files, the source's by
+    default. dump_graphs: a folder for the graph after every pass. policy: see `CompileOptions`.
 
     Raises UserError for anything the caller can put right; then nothing is left behind.
     """
@@ -76,8 +83,8 @@ def compile(
     with writer as folder:
         dumps = _dumps(dump_graphs, Path(output), checkpoint.folder) if dump_graphs is not None else None
         with MemoryWatch() as watch:
-            manifest, calls, parity = _build(plan, folder, phases, dumps)
-        write_report(folder, report_of(manifest, folder, calls, phases.seconds, parity, watch))
+            manifest, built, parity = _build(plan, folder, phases, dumps)
+        write_report(folder, report_of(manifest, folder, built, phases.seconds, parity, watch))
     return writer.output
 
 
@@ -90,27 +97,14 @@ def _dumps(folder: str | Path, output: Path, checkpoint: Path | None) -> GraphDu
     return GraphDumps(place)
 
 
-def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -> tuple[Manifest, dict[str, int], Parity]:
-    """Fill the artifact's folder but for the report; return the manifest, how often the program calls each op, and its error."""
-    programs = folder / PROGRAMS
-    programs.mkdir(parents=True)
-    with ThreadPoolExecutor(1) as pool:  # g++ works in a process of its own while this one exports
-        building = pool.submit(build_ops, cpu_kernels(), plan.level, programs / "oxfuse_ops.so")
-        with phases("export and fuse"):
-            fused = _fuse(plan, dumps)
-            program = export_step(fused.step, fused.cache, block_size=BLOCK_SIZE, dtype=plan.dtype, limits=plan.step_limits)
-            if dumps is not None:
-                dumps("step", program.module(check_guards=False))
-        with phases("build C++ ops"):
-            ops = building.result()
-            load_ops(ops)
-            calls = op_counts(program.graph)
-            use_ops(program.graph_module, ops)
-    with phases("compile program"):
-        lowered = lower(program, programs / "step", plan.level)
-    constants = {name: fused.stored_name(name) for name in lowered.constants}
+def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -> tuple[Manifest, BuiltPrograms, Parity]:
+    """Fill the artifact's folder but for the report; return the manifest, the programs and the error."""
+    fused, built = build_programs(plan, lambda: _fuse(plan, dumps), folder / "programs", phases, dumps)
+    constants = {name: fused.stored_name(name) for name in built.constants}
     with phases("write weights") as report:
-        weights = _write_weights(plan, fused, constants, folder / WEIGHTS, report)
+        weights = _write_weights(plan, fused, constants, folder / WEIGHTS, report, built.tables)
+    if built.onnx is not None:
+        _finish_onnx(plan, fused, built.onnx, constants, folder)
     with phases("run oracle"):
         write_golden(
             folder / GOLDEN,
@@ -119,35 +113,58 @@ def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -
             task=plan.task,
             sources=plan.sources,
             max_context=plan.limits.max_context,
+            own=_own_weights(plan, fused),
         )
     for path in plan.tokenizer_files:
         if path.name == "tokenizer.json" and plan.tokenizer_json is not None:
             (folder / path.name).write_text(plan.tokenizer_json, "utf-8")
         else:
             shutil.copyfile(path, folder / path.name)
-    manifest = describe_artifact(plan, fused, lowered, ops, weights, constants, folder)
+    manifest = describe_artifact(plan, fused, built, weights, constants, folder)
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     with phases("measure artifact"):
         parity = measure(folder)
-    return manifest, calls, parity
+    return manifest, built, parity
 
 
 def _fuse(plan: Plan, dumps: GraphDumps | None) -> Fused:
     model = virtual_model(plan.contract, plan.config, plan.task, plan.dtype)
     encodings = {name: source.encoding for name, source in plan.sources.items()}
+    if plan.options.device == "onnx":
+        insert = partial(insert_past, cached=plan.task == "text-generation", pooled=plan.pooled)
+        export = partial(export_reference, batched=True)
+        # But for int8, which holds all values of MXFP4, experts enter dense: dequantised on their way into the weight file.
+        known = encodings if plan.options.experts == "int8" else {}
+        return fuse(model, known, requested=plan.contract.fusions, observe=dumps, export=export, insert=insert)
     return fuse(model, encodings, requested=plan.contract.fusions, observe=dumps)
 
 
+def _finish_onnx(plan: Plan, fused: Fused, model: OnnxModel, constants: dict[str, str], folder: Path) -> None:
+    """Write what needs the weights' places, and what onnxruntime-genai reads."""
+    from oxfuse.compiler.lowering.genai import CONFIG, genai_config
+    from oxfuse.compiler.lowering.onnx import MODEL, write_model
+
+    stored = {**constants, **{name: name for name in model.tables}}
+    write_model(model, folder / MODEL, folder / WEIGHTS, stored)
+    if plan.task == "text-generation" and plan.options.target == "onnx":
+        config = genai_config(plan, fused, generation_of(plan))
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+
+
 def _write_weights(
-    plan: Plan, fused: Fused, constants: dict[str, str], path: Path, report: Callable[[float], None]
+    plan: Plan,
+    fused: Fused,
+    constants: dict[str, str],
+    path: Path,
+    report: Callable[[float], None],
+    tables: Mapping[str, Tensor],
 ) -> WeightFile:
-    """Stream every weight that the program reads into the weight file; names of one tensor share it."""
-    entries = {}
+    """Stream every weight that the program reads into the weight file, and its tables; names of one tensor share it."""
+    entries = {name: _computed(name, table) for name, table in tables.items()}
     for name, stored in constants.items():
         weight = fused.weights[name]
         if weight.computed:
-            value = fused.step.get_buffer(name)
-            entries[stored] = entry_of(weight, MemoryTensor(name=name, shape=tuple(value.shape), dtype=value.dtype, tensor=value))
+            entries[stored] = _computed(name, fused.step.get_buffer(name))
         else:
             source = plan.sources[weight.source]
             entries[stored] = entry_of(weight, source if weight.part is None else source.parts()[weight.part])
@@ -159,3 +176,20 @@ def _write_weights(
         report(done / total)
 
     return write_weights(path, entries, progress)
+
+
+def _own_weights(plan: Plan, fused: Fused) -> dict[str, TensorSource] | None:
+    """Return what the artifact's weights are where some were quantised, None where none was."""
+    found = [
+        (weight.source, step.bits)
+        for weight in fused.weights.values()
+        for step in weight.transforms
+        if isinstance(step, BlockValues)
+    ]
+    return {**plan.sources, **{name: Quantised.of(plan.sources[name], bits) for name, bits in found}} if found else None
+
+
+def _computed(name: str, value: Tensor) -> WeightEntry:
+    """Return the entry of a tensor that the configuration determines."""
+    weight = Weight(shape=tuple(value.shape), dtype=value.dtype, source=name, computed=True)
+    return entry_of(weight, MemoryTensor(name=name, shape=weight.shape, dtype=value.dtype, tensor=value))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from oxfuse.compiler.export import StepLimits
-from oxfuse.compiler.options import BLOCK_SIZE, DTYPES, MAX_STEP_TOKENS, CompileOptions
+from oxfuse.compiler.options import BLOCK_SIZES, DTYPES, MAX_STEP_TOKENS, CompileOptions
 from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint, TensorSource, tokenizer_files
 from oxfuse.models.contract import ModelContract, lookup
@@ -45,7 +47,19 @@ class Plan:
     def step_limits(self) -> StepLimits:
         """Return the upper bounds of the step program's dims."""
         limits = self.limits
-        return StepLimits(tokens=limits.max_step_tokens, sequences=limits.max_batch, table=-(-limits.max_context // BLOCK_SIZE))
+        return StepLimits(
+            tokens=limits.max_step_tokens, sequences=limits.max_batch, table=-(-limits.max_context // self.block_size)
+        )
+
+    @property
+    def pooled(self) -> bool:
+        """Tell whether the model answers with one row a sequence."""
+        return self.contract.tasks[self.task].pooled
+
+    @property
+    def block_size(self) -> int:
+        """Return the tokens of one block of the KV cache; that of an ONNX model lies in one piece."""
+        return BLOCK_SIZES.get(self.options.device, self.limits.max_context)
 
     def expected_bytes(self) -> int:
         """Return the bytes that the artifact's weights will have."""
@@ -61,7 +75,11 @@ def make_plan(
     checkpoint: Checkpoint, options: CompileOptions, fingerprint: dict[str, str], tokenizer: str | Path | None = None
 ) -> Plan:
     """Return the plan. Raises UserError where the checkpoint is damaged, or is not what the options ask for."""
+    if options.device == "onnx" and importlib.util.find_spec("onnx") is None:
+        raise UserError(f'Target {options.target} needs the package onnx: install it with pip install "oxfuse[onnx]".')
     contract = lookup(checkpoint.config["model_type"])
+    if options.experts != "exact" and "moe_dispatch" not in contract.fusions:
+        raise UserError(f"experts is {options.experts!r}, but {contract.model_type} has no experts: leave it at exact.")
     config = contract.parse_config(dict(checkpoint.config))
     task = options.task or contract.task_of(checkpoint.config)
     longest = config.longest_context
@@ -70,7 +88,7 @@ def make_plan(
     max_context = options.max_context or config.max_position_embeddings
     config = config.for_context(max_context)
     sources = contract.sources(checkpoint, config, task)
-    level, features = resolve_isa(options.cpu_isa)
+    level, features = resolve_isa(_host_isa(options))
     found = checkpoint.tokenizer_files if tokenizer is None else tokenizer_files(Path(tokenizer))
     tokenizer_json = contract.build_tokenizer(found)
     files = _artifact_files(found, tokenizer_json)
@@ -83,11 +101,12 @@ def make_plan(
         contract=contract,
         config=config,
         task=task,
-        dtype=_dtype(options.dtype, contract, checkpoint),
+        dtype=_dtype(options, contract, checkpoint),
         limits=Limits(
             max_context=max_context,
             max_batch=options.max_batch,
-            max_step_tokens=max(MAX_STEP_TOKENS, options.max_batch),
+            # An ONNX model without a cache takes a sequence whole.
+            max_step_tokens=max(MAX_STEP_TOKENS, options.max_batch, max_context if options.device == "onnx" else 0),
         ),
         sources=sources,
         tokenizer_files=files,
@@ -105,10 +124,21 @@ def _artifact_files(found: tuple[Path, ...], tokenizer_json: str | None) -> tupl
     return tuple(kept)
 
 
-def _dtype(asked: str, contract: ModelContract, checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype to compile in: the one asked for, or the checkpoint's own where the CPU computes in it."""
-    own = {torch.float16: torch.bfloat16, torch.float64: torch.float32}.get(checkpoint.dtype, checkpoint.dtype)
-    dtype = own if asked == "auto" else DTYPES[asked]
+def _host_isa(options: CompileOptions) -> str:
+    """Return the instruction set of the code that the CPU runs. What a GPU's host does takes none: it is to run on any host."""
+    portable = options.archs and options.cpu_isa == "native" and platform.machine() == "x86_64"
+    return "x86-64-v3" if portable else options.cpu_isa
+
+
+def _dtype(options: CompileOptions, contract: ModelContract, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype to compile in: the one asked for, or the checkpoint's own where the device computes in it."""
+    if options.device == "onnx":  # what onnxruntime's CPU kernels, and portable models, compute in
+        return torch.float32
+    others = {torch.float64: torch.float32} | ({} if options.archs else {torch.float16: torch.bfloat16})
+    own = others.get(checkpoint.dtype, checkpoint.dtype)
+    if own in contract.refused_dtypes:  # float16 of a model that overflows in it
+        own = torch.bfloat16
+    dtype = own if options.dtype == "auto" else DTYPES[options.dtype]
     if dtype in contract.refused_dtypes:
         raise UserError(f"{contract.model_type} cannot run in {dtype}: {contract.refused_dtypes[dtype]}.")
     return dtype

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from oxfuse.runtime.manifest import Limits, ModelSpec, PassRecord, Requirements
 from oxfuse.runtime.units import size_text
@@ -36,12 +37,13 @@ NUMBER = re.compile(r"(?:\d[\d.,e+-]*(?: ?[kMG]?B| s|%)?|–)?")
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """One program: its files' bytes, and how often its graph calls each op, the most frequent first."""
+    """One program: its files' bytes, how often its graph calls each op, and, on a GPU, what is inside (`Anatomy.to_json`)."""
 
     name: str
     target: str
     bytes: int
     ops: dict[str, int]
+    anatomy: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,9 @@ class Parity:
     """The artifact against the oracle over the golden rows: errors of the values, and how often a row's largest agrees.
 
     `top1` is that share, 0 to 1; the largest is the best token or label, and with other heads nothing, so `report.md` leaves it
-    out. `reference_rms` and `reference_max` are those of the oracle's values. All are None where the artifact could not run, and
-    then `reason` says why.
+    out. `reference_rms` and `reference_max` are those of the oracle's values, `kl` the mean divergence of a language model's next
+    token from the oracle's, in nats. `own_rms` and `own_max` are errors against the oracle with the artifact's own weights, where
+    those lost something. All are None where the artifact could not run, and then `reason` says why.
     """
 
     rows: int
@@ -67,6 +70,9 @@ class Parity:
     top1: float | None = None
     reference_rms: float | None = None
     reference_max: float | None = None
+    kl: float | None = None
+    own_rms: float | None = None
+    own_max: float | None = None
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -153,7 +159,13 @@ def _cost(report: Report) -> Iterable[tuple[str, str]]:
     yield "size", f"{size_text(total)}: {parts}" if parts else size_text(total)
     need = report.requirements
     libc = f", glibc {need.glibc} or later" if need.glibc else ""
-    yield "runs on", f"torch {need.torch}, {need.platform} on {need.machine} ({need.cpu_isa}){libc}"
+    gpus = f", a GPU of {' or '.join(need.gpu_archs)}" if need.gpu_archs else ""
+    host = (
+        f"torch {need.torch}, {need.platform} on {need.machine} ({need.cpu_isa})"
+        if need.torch
+        else "any machine that has a runtime for ONNX"
+    )
+    yield "runs on", f"{host}{gpus}{libc}"
     memory = f", {size_text(report.memory.anonymous_and_shared)} of memory" if report.memory is not None else ""
     yield "compiling took", f"{sum(report.seconds.values()):.0f} s{memory}"
 
@@ -178,8 +190,15 @@ def _accuracy(report: Report) -> Iterable[str]:
             ("largest", f"{parity.max:.3g}", f"{parity.reference_max:.3g}", _share(parity.max, parity.reference_max)),
         ],
     )
+    if parity.own_rms is not None and parity.own_max is not None:
+        yield (
+            f"Against the reference with the artifact's own weights, as they were rounded: RMS {parity.own_rms:.3g} "
+            f"({_share(parity.own_rms, parity.reference_rms)}), largest {parity.own_max:.3g}."
+        )
     if best:
         yield f"The best {best} is the same in {parity.top1:.1%} of the rows."
+    if parity.kl is not None:
+        yield f"KL divergence of the next token from the reference's: {parity.kl:.2g} nats."
 
 
 def _share(part: float, whole: float) -> str:
@@ -199,7 +218,9 @@ def _what_was_done(report: Report) -> Iterable[str]:
 
     yield "## Programs"
     yield _table(("program", "target", "size"), [(p.name, p.target, size_text(p.bytes)) for p in report.programs])
-    yield _bullets(f"{p.name} calls {_calls(p.ops)}" for p in report.programs)
+    of_many = len({p.target for p in report.programs}) > 1
+    yield _bullets(f"{p.name} {f'for {p.target} ' if of_many else ''}calls {_calls(p.ops)}" for p in report.programs)
+    yield from _kernels(report.programs)
 
     yield "## Where the time went"
     whole = sum(report.seconds.values())
@@ -212,6 +233,30 @@ def _what_was_done(report: Report) -> Iterable[str]:
             f"{size_text(report.memory.anonymous_and_shared)} anonymous and shared, all processes together. "
             f"{size_text(report.memory.file_backed)} of mapped files besides, which the system can drop at any time."
         )
+
+
+def _kernels(programs: Iterable[ProgramReport]) -> Iterable[str]:
+    """Tell what GPU programs launch, and what each kernel needs: where a figure grows, the kernel got slower."""
+    for program in programs:
+        if program.anatomy is None:
+            continue
+        kernels = program.anatomy["kernels"]
+        yield f"### Kernels of {program.name} for {program.target}"
+        called = ", ".join(f"{count} {name}" for name, count in program.anatomy["torch_calls"].items()) or "nothing"
+        yield f"A run launches {sum(kernel['launches'] for kernel in kernels):,} kernels of its own, and calls of torch {called}."
+        head = ("kernel", "launches", "warps", "registers", "spilled", "shared")
+        rows = [
+            (
+                kernel["name"],
+                f"{kernel['launches']:,}",
+                f"{kernel['warps']}",
+                f"{kernel['registers']}",
+                f"{kernel['stack_bytes']:,} B",
+                f"{kernel['shared_bytes']:,} B",
+            )
+            for kernel in kernels
+        ]
+        yield _table(head, rows)
 
 
 def _error(value: float | None) -> str:
@@ -242,6 +287,7 @@ def _what_it_is(report: Report) -> Iterable[str]:
             f"{need.platform} on {need.machine} ({need.cpu_isa})",
             *([f"glibc {need.glibc} or later"] if need.glibc else []),
             *([f"processor flags {', '.join(need.cpu_features)}"] if need.cpu_features else []),
+            *([f"an NVIDIA GPU of {' or '.join(need.gpu_archs)}, and torch's CUDA build"] if need.gpu_archs else []),
         ]
     )
 

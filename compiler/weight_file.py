@@ -95,7 +95,7 @@ def entry_of(weight: Weight, source: RowReader) -> WeightEntry:
         row_bytes = math.prod(shape[1:]) * max(source.dtype.itemsize, weight.dtype.itemsize)
         height = max(1, PIECE // max(row_bytes, 1))
     steps = tuple(step.label for step in weight.transforms)
-    cast = source.dtype != weight.dtype and not any(step.startswith("cast") for step in steps)
+    cast = source.dtype != weight.dtype and not any(hasattr(step, "dtype") for step in weight.transforms)
 
     def chunks() -> Iterator[Tensor]:
         for first in range(0, shape[0], height) if row_by_row else (None,):

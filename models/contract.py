@@ -71,6 +71,7 @@ class ModelContract:
     fusions: names of the compiler's fusions that the graph of every such model must contain.
     recognises: tells a `config.json` without `model_type`.
     refused_dtypes: dtype -> why the model cannot run in it.
+    genai_type: what onnxruntime-genai calls such models.
     source_files: glob patterns of what a download needs.
     build_tokenizer: the checkpoint's tokenizer files -> the text of the tokenizer.json that they amount to, for models whose
     tokenizer is spread over several files; None where a tokenizer.json among them counts as it stands, or there is none.
@@ -84,6 +85,7 @@ class ModelContract:
     flavours: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fusions: tuple[str, ...] = ()
     default_task: str = "text-generation"
+    genai_type: str = "decoder"
     recognises: Callable[[Mapping[str, Any]], bool] = lambda config: False
     refused_dtypes: Mapping[torch.dtype, str] = field(default_factory=dict)
     source_files: tuple[str, ...] = SOURCE_FILES

@@ -32,7 +32,7 @@ class LayerCache:
 
 @dataclass(frozen=True, kw_only=True)
 class PagedCache:
-    """The paged cache of a step program: windows of the groups, and the layers in the graph's order."""
+    """What a program keeps of earlier tokens: windows of the groups, and the layers in the graph's order."""
 
     windows: tuple[int, ...]
     layers: tuple[LayerCache, ...]
@@ -47,20 +47,12 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
     Raises InternalError if the graph is not of the form that the docstring of this module gives.
     """
     graph = module.graph
-    attentions = [n for n in graph.nodes if is_op(n, OXFUSE.sink_attention_dense.default)]
-    windows = sorted({int(args_of(n)[4]) for n in attentions})
-    old = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    if missing := set(inputs.values()) - old.keys():
-        raise InternalError(f"The graph lacks the inputs {sorted(missing)}; it has {sorted(old)}.")
-    layers = []
+    old, attentions, cache = cache_free_parts(graph, inputs)
+    windows, layers = cache.windows, cache.layers
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
         new = {name: graph.placeholder(name) for name in STEP_INPUTS}
-        caches = []
-        for i, node in enumerate(attentions):
-            kv_heads, head_dim = (int(s) for s in shape_of(args_of(node)[1])[2:])
-            caches.append([graph.placeholder(f"{kv}_cache_{i}") for kv in "kv"])
-            layers.append(LayerCache(group=windows.index(int(args_of(node)[4])), kv_heads=kv_heads, head_dim=head_dim))
+        caches = [[graph.placeholder(f"{kv}_cache_{i}") for kv in "kv"] for i in range(len(layers))]
     first_compute = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first_compute):
         for name, target in inputs.items():
@@ -70,32 +62,53 @@ def insert_paged_cache(module: fx.GraphModule, inputs: Mapping[str, str]) -> tup
             [graph.call_function(A.select.int, (new[name], 0, g)) for name in ("slots", "block_tables")]
             for g in range(len(windows))
         ]
-    for node, layer, cache in zip(attentions, layers, caches, strict=True):
+    for node, layer, kept in zip(attentions, layers, caches, strict=True):
         q, k, v, sink, window, scale = args_of(node)
         slots, table = groups[layer.group]
         with graph.inserting_before(node):
             flat = [graph.call_function(A.squeeze.dim, (x, 0)) for x in (q, k, v)]
             out = graph.call_function(
                 OXFUSE.sink_attention.default,
-                (*flat, sink, *cache, new["query_start"], new["kv_lens"], slots, table, window, scale),
+                (*flat, sink, *kept, new["query_start"], new["kv_lens"], slots, table, window, scale),
             )
             out.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             node.replace_all_uses_with(graph.call_function(A.unsqueeze.default, (out, 0)))
     (result,) = (n for n in graph.output_node().all_input_nodes)
     with graph.inserting_before(graph.output_node()):
         graph.output_node().args = (graph.call_function(A.squeeze.dim, (result, 0)),)
-    _erase(graph, old.values())
-    graph.set_codegen(fx.graph.CodeGen())  # the exported one checks the old inputs
-    graph.lint()
-    step = fx.GraphModule(module, graph)
-    return step, PagedCache(windows=tuple(windows), layers=tuple(layers))
+    return without_inputs(module, old), cache
 
 
-def _erase(graph: fx.Graph, old: object) -> None:
+def cache_free_parts(graph: fx.Graph, inputs: Mapping[str, str]) -> tuple[dict[str, fx.Node], list[fx.Node], PagedCache]:
+    """Return the inputs of a cache-free graph by name, its attentions in order, and what these will keep.
+
+    Raises InternalError if it lacks one of the `inputs`.
+    """
+    old = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    if missing := set(inputs.values()) - old.keys():
+        raise InternalError(f"The graph lacks the inputs {sorted(missing)}; it has {sorted(old)}.")
+    attentions = [node for node in graph.nodes if is_op(node, OXFUSE.sink_attention_dense.default)]
+    windows = sorted({int(args_of(node)[4]) for node in attentions})
+    layers = []
+    for node in attentions:
+        kv_heads, head_dim = (int(size) for size in shape_of(args_of(node)[1])[2:])
+        layers.append(LayerCache(group=windows.index(int(args_of(node)[4])), kv_heads=kv_heads, head_dim=head_dim))
+    return old, attentions, PagedCache(windows=tuple(windows), layers=tuple(layers))
+
+
+def without_inputs(module: fx.GraphModule, old: Mapping[str, fx.Node]) -> fx.GraphModule:
+    """Return the module after its graph got other inputs, less what that left unused and the `old` ones.
+
+    Raises InternalError where one of these is still read.
+    """
+    graph = module.graph
     remove_dead_code(graph)
-    for node in list(old):  # type: ignore[call-overload]
+    for node in old.values():
         if node.users:
             raise InternalError(
                 f"The input {node.name} is still read by {next(iter(node.users)).name} after the cache was inserted."
             )
         graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())  # the exported one checks the old inputs
+    graph.lint()
+    return fx.GraphModule(module, graph)

@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from oxfuse.runtime.device_load import device_engine
 from oxfuse.runtime.engine import Engine
-from oxfuse.runtime.errors import UserError, shown
+from oxfuse.runtime.errors import InternalError, UserError, shown
+from oxfuse.runtime.gpus import choose_gpu, find_gpus
 from oxfuse.runtime.host import check_host
-from oxfuse.runtime.manifest import CacheSpec, Manifest, ModelSpec, ProgramSpec, cache_shapes, read_manifest
+from oxfuse.runtime.manifest import ONNX, CacheGroup, CacheSpec, Manifest, ModelSpec, ProgramSpec, cache_shapes, read_manifest
 from oxfuse.runtime.model import CompiledModel
 from oxfuse.runtime.program import Program, load_ops_library
 from oxfuse.runtime.tokenizer import TextTokenizer
@@ -35,13 +38,19 @@ def load(
     threads: int | None = None,
     check: Literal["quick", "full"] = "quick",
     cache_bytes: int | None = None,
+    prepack: bool = True,
+    progress: Callable[[float], object] | None = None,
 ) -> CompiledModel:
     """Load the artifact in the folder `path`.
 
-    `device` None means the one that the artifact was compiled for. `threads` is how many threads an operator may use while a step
-    runs; None leaves torch's setting. `check` "quick" compares sizes, safetensors headers, the hashes of programs and tokenizer,
-    and this machine with the manifest; "full" hashes the weights too. `cache_bytes` caps the KV cache. Weights are mapped, not
-    read. Raises UserError naming what does not fit and the remedy.
+    `device` None means the one that the artifact was compiled for; of several GPUs "cuda" takes torch's current one if it fits,
+    else the first that does, and "cuda:1" names one. `threads` is how many threads an operator may use while a step runs; None
+    leaves torch's setting. `check` "quick" compares sizes, safetensors headers, the hashes of programs and tokenizer, and this
+    machine with the manifest; "full" hashes the weights too. `cache_bytes` caps the KV cache; on a GPU its memory is claimed at
+    once, by default for `max_batch` sequences of `max_context` tokens, or what is left beside the weights. On a CPU weights are
+    mapped, not read; to a GPU they are copied, and `progress` gets the part of them that is read, 0 to 1. Of an ONNX
+    model onnxruntime keeps copies of dense weights that it multiplies faster, unless `prepack` is False. Raises UserError naming
+    what does not fit and the remedy.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
         raise UserError(f"threads is {threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for torch's own setting.")
@@ -51,22 +60,34 @@ def load(
         raise UserError(f"cache_bytes is {cache_bytes!r}: give a number of bytes, or None.")
     folder = Path(path)
     manifest = read_manifest(folder)
-    program = choose_program(manifest, None if device is None else str(device).partition(":")[0])
-    check_cache(program, manifest.cache)
-    check_host(manifest.requirements)
+    kind = check_targets(manifest, None if device is None else str(device))
+    gpus = find_gpus() if kind == "cuda" else None
+    check_host(manifest.requirements, gpus)
+    target = "cpu"
+    if gpus is not None:
+        from oxfuse.runtime.cuda import Cuda, current_device
+
+        gpu = choose_gpu(manifest.requirements.gpu_archs, None if device is None else str(device), gpus, current_device())
+        target = f"cuda:{gpu.arch}"
+    if kind == "onnx":
+        target = manifest.programs[0].target
+    programs = choose_programs(manifest, target)
+    for program in programs.values() if kind != "onnx" else ():
+        check_cache(program, manifest.cache)
+    width = program_width(programs["step"], manifest.model)
     check_files(folder, manifest)
     if check == "full":
         check_weights(folder, manifest)
-    if manifest.ops_library:
-        load_ops_library(folder, manifest.ops_library)
-    weights: dict[str, Tensor] = {}
-    for file in manifest.weights:
-        weights |= map_tensors(folder / file.path)
-    step = Program(folder, program, weights)
+    if kind == "onnx":
+        engine = _onnx_engine(folder, manifest, programs["step"], width, threads, cache_bytes, prepack)
+    elif gpus is None:
+        engine = _host_engine(folder, manifest, programs["step"], threads, cache_bytes)
+    else:
+        engine = device_engine(folder, manifest, programs, Cuda(gpu), threads=threads, cache_bytes=cache_bytes, progress=progress)
     return CompiledModel(
-        Engine(step, manifest.cache, manifest.limits, cache_bytes=cache_bytes, threads=threads),
+        engine,
         vocab_size=manifest.model.vocab_size,
-        width=program_width(program, manifest.model),
+        width=width,
         generation=manifest.generation,
         tokenizer=TextTokenizer.open([folder / name for name in manifest.tokenizer_files]),
         manifest=manifest,
@@ -74,9 +95,42 @@ def load(
     )
 
 
+def _host_engine(folder: Path, manifest: Manifest, program: ProgramSpec, threads: int | None, cache_bytes: int | None) -> Engine:
+    if manifest.ops_library:
+        load_ops_library(folder, manifest.ops_library)
+    weights: dict[str, Tensor] = {}
+    for file in manifest.weights:
+        weights |= map_tensors(folder / file.path)
+    step = Program(folder, program, weights)
+    return Engine(step, manifest.cache, manifest.limits, cache_bytes=cache_bytes, threads=threads)
+
+
+def _onnx_engine(
+    folder: Path,
+    manifest: Manifest,
+    program: ProgramSpec,
+    width: int,
+    threads: int | None,
+    cache_bytes: int | None,
+    prepack: bool,
+) -> Engine:
+    from oxfuse.runtime.onnx import OnnxDevice, chunk_of  # onnxruntime is for such artifacts alone
+
+    device = OnnxDevice(folder, program, manifest.model, width, threads, prepack)
+    everything = CacheGroup(window=0, layers=tuple(range(len(manifest.cache.kv_heads))))  # windows free nothing
+    cache, chunk = dataclasses.replace(manifest.cache, groups=(everything,)), chunk_of(program, manifest.limits)
+    return Engine(_no_step, cache, manifest.limits, chunk=chunk, cache_bytes=cache_bytes, threads=threads, device=device)
+
+
+def _no_step(inputs: list[Tensor]) -> Tensor:
+    raise InternalError("An ONNX model runs on its device, not as a step.")
+
+
 def program_width(program: ProgramSpec, model: ModelSpec) -> int:
     """Return how many values the program gives for a token. Raises UserError if its output is not what the task asks for."""
     shapes = [output.shape for output in program.outputs]
+    if program.kind == ONNX:  # the rest of its outputs is what its cache has become
+        shapes = [(size.shape[0], size.shape[-1]) for size in program.outputs[:1] if len(size.shape) in (2, 3)]
     if len(shapes) != 1 or len(shapes[0]) != 2 or not isinstance(shapes[0][1], int) or shapes[0][1] < 1:
         raise UserError(
             f"The program {program.name!s:.60} has outputs of shape {shown(shapes)}, expected one of rows by values: the "
@@ -97,15 +151,39 @@ def program_width(program: ProgramSpec, model: ModelSpec) -> int:
     return width
 
 
-def choose_program(manifest: Manifest, device: str | None) -> ProgramSpec:
-    """Return the program that runs on `device`, by default the first. Raises UserError where there is none for this runtime."""
-    fits = [p for p in manifest.programs if device is None or p.target.partition(":")[0] == device]
-    if not fits:
-        targets = ", ".join(sorted({p.target for p in manifest.programs})) or "nothing"
-        raise UserError(f"The artifact has no program for {device}, only for {targets}: compile with --target {device}.")
-    if fits[0].target != "cpu":
-        raise UserError(f"The artifact's program is for {fits[0].target}; this runtime runs cpu. Compile with --target cpu.")
-    return fits[0]
+def check_targets(manifest: Manifest, device: str | None) -> Literal["cpu", "cuda", "onnx"]:
+    """Return the kind of device that the artifact runs on.
+
+    Raises UserError where `device` is of another kind, or the programs are not for what the manifest says the artifact is for.
+    """
+    if manifest.programs and all(program.kind == ONNX for program in manifest.programs):
+        if device not in (None, "cpu"):
+            raise UserError(f"The artifact is an ONNX model, which oxfuse runs on the CPU, not on {shown(device)}.")
+        return "onnx"
+    stated = {f"cuda:{arch}" for arch in manifest.requirements.gpu_archs} or {"cpu"}
+    held = {program.target for program in manifest.programs}
+    if held != stated:
+        raise UserError(
+            f"The manifest says that the artifact is for {shown(sorted(stated))}, its programs are for {shown(sorted(held))}: it "
+            "is damaged. Compile the checkpoint again."
+        )
+    kind: Literal["cpu", "cuda"] = "cuda" if manifest.requirements.gpu_archs else "cpu"
+    if device is not None and (asked := device.partition(":")[0]) != kind:
+        remedy = "cuda:sm_90, or what arch your GPU has" if asked == "cuda" else shown(asked)
+        there = ", ".join(sorted(held))
+        raise UserError(f"The artifact has no program for {shown(device)}, only for {there}: compile with --target {remedy}.")
+    return kind
+
+
+def choose_programs(manifest: Manifest, target: str) -> dict[str, ProgramSpec]:
+    """Return the programs for `target` by name: "step", and "decode" where there is one. Raises UserError without a step."""
+    programs = {program.name: program for program in manifest.programs if program.target == target}
+    if "step" not in programs:
+        raise UserError(
+            f"The artifact has the programs {shown(sorted(programs))} for {target}, expected a step program: the manifest is "
+            "damaged. Compile the checkpoint again."
+        )
+    return programs
 
 
 def check_cache(program: ProgramSpec, cache: CacheSpec) -> None:

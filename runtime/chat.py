@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def chat(
         line("load", None)
         from oxfuse.runtime.artifact import load
 
-        model = load(folder, threads=usable_threads(threads))
+        model = load(folder, threads=usable_threads(threads), progress=partial(line, "load"))
     talk = Chat(model, system=system, reasoning=reasoning, max_new_tokens=max_new_tokens, **options)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def generate(
         line("load", None)
         from oxfuse.runtime.artifact import load
 
-        model = load(folder, threads=usable_threads(threads))
+        model = load(folder, threads=usable_threads(threads), progress=partial(line, "load"))
         ends = [*(() if ignore_eos else model.manifest.generation.eos_token_ids), *stop_token]
         requests = [_messages(prompt, system) for prompt in prompts] if chat or system is not None else prompts
         stops = ends if ignore_eos or stop_token else None  # None: also those of the chat format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def _run(folder: Path, threads: int | None, quiet: bool, what: Callable[[Compile
         line("load", None)
         from oxfuse.runtime.artifact import load
 
-        model = load(folder, threads=usable_threads(threads))
+        model = load(folder, threads=usable_threads(threads), progress=partial(line, "load"))
         line("run", None)
         return what(model)
 

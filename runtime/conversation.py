@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from oxfuse.runtime.cache_size import sequence_blocks
-from oxfuse.runtime.engine import TokenSequence
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.generate import GenerationOptions, Stream
 from oxfuse.runtime.model import CompiledModel
+from oxfuse.runtime.sequence import TokenSequence
 
 
 class Conversation:

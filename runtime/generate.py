@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from oxfuse.runtime.engine import TokenSequence
+from oxfuse.runtime.device import Best
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.harmony import CHANNELS, FINAL, HarmonyReader, Markers, ToolCall, opened_message
 from oxfuse.runtime.inputs import TokenIds, token_list
-from oxfuse.runtime.sampling import Sampler, SamplingOptions, log_probability
+from oxfuse.runtime.sampling import Sampler, SamplingOptions, check_finite, log_probability
 from oxfuse.runtime.scheduler import Job, Scheduler
+from oxfuse.runtime.sequence import TokenSequence
 from oxfuse.runtime.text import Piece, PlainReader, Reader
 from oxfuse.runtime.tokenizer import TextTokenizer
 
@@ -149,6 +150,7 @@ class GenerationJob(Job):
         self._prompt, self._options, self._ends, self._on_prompt = prompt, options, ends, on_prompt
         self._limit = min(options.max_new_tokens, max_context - len(prompt))
         self._sampler = Sampler(options.sampling)
+        self.greedy = options.sampling.greedy and not options.logprobs
         self._reader: Reader | None = PlainReader(tokenizer.decode, options.stop) if tokenizer else None
         self._harmony: HarmonyReader | None = None
         if tokenizer and markers and (opening := opened_message(prompt, markers, tokenizer.decode)) is not None:
@@ -169,10 +171,21 @@ class GenerationJob(Job):
 
     def receive(self, indices: Sequence[int], logits: Tensor) -> None:
         """Sample the next token from the last row of `logits`."""
+        self._prompt_is_read()
+        token = self._sampler.pick(logits[-1], self.sequence.tokens)
+        self._take(token, log_probability(logits[-1], token) if self._options.logprobs else None)
+
+    def receive_best(self, indices: Sequence[int], best: Sequence[Best]) -> None:
+        """Take the most likely token, which is what sampling comes to here."""
+        self._prompt_is_read()
+        check_finite(best[-1].logit)
+        self._take(best[-1].token, None)
+
+    def _prompt_is_read(self) -> None:
         if self._on_prompt and not self._tokens:
             self._on_prompt()
-        token = self._sampler.pick(logits[-1], self.sequence.tokens)
-        logprob = log_probability(logits[-1], token) if self._options.logprobs else None
+
+    def _take(self, token: int, logprob: float | None) -> None:
         self._tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)

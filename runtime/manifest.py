@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 from oxfuse.runtime.errors import UserError, shown
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+ONNX = "onnx"
+"""The kind of programs that are ONNX models; the others are "aoti"."""
 MOST = 1 << 53
 """No number of an artifact is larger, and products of a few such numbers are still numbers that a float holds."""
 TaskName = typing.Literal[
@@ -166,7 +168,11 @@ class GenerationSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What the host must have. `torch` is `major.minor`; `cpu_features` are flags as /proc/cpuinfo spells them."""
+    """What the host must have. `torch` is `major.minor`; `cpu_features` are flags as /proc/cpuinfo spells them.
+
+    An empty string asks for nothing: an ONNX model runs on any machine that has a runtime for it.
+    `gpu_archs` are those that programs were compiled for ("sm_90"), of which the GPU must have one; none for a CPU's artifact.
+    """
 
     torch: str
     platform: str
@@ -174,6 +180,7 @@ class Requirements:
     cpu_isa: str
     cpu_features: tuple[str, ...]
     glibc: str
+    gpu_archs: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

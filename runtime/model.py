@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oxfuse.runtime.engine import Engine, TokenSequence
+from oxfuse.runtime.engine import Engine
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.generate import (
     Chunk,
@@ -38,6 +38,7 @@ from oxfuse.runtime.heads import answer as find_answer
 from oxfuse.runtime.inputs import Batch, BatchRow, TokenIds, batch_rows
 from oxfuse.runtime.manifest import GenerationSpec, Manifest, ModelSpec
 from oxfuse.runtime.scheduler import Job, Scheduler
+from oxfuse.runtime.sequence import TokenSequence
 from oxfuse.runtime.session import Session
 from oxfuse.runtime.tokenizer import TextTokenizer
 

@@ -1,8 +1,9 @@
 """One compiled program: an unpacked AOTInductor library, run with weights that it borrows.
 
-The only module that touches torch's private AOTInductor bindings (`torch._C._aoti`, the same from torch 2.11 to 2.13). Weights
-enter as mapped tensors and stay the caller's: the library keeps their addresses, so a Program holds them for as long as it lives.
-The library must agree with the manifest about every constant before it is run, because it dereferences a missing one.
+Only this module and `library` touch torch's private AOTInductor bindings (`torch._C._aoti`, the same from torch 2.11 to 2.13).
+Weights enter as mapped tensors, or as tensors on the device, and stay the caller's: the library keeps their addresses, so a
+program holds them for as long as it lives. The library must agree with the manifest about every constant before it is run,
+because it dereferences a missing one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from oxfuse.runtime.accelerator import Accelerator
 from oxfuse.runtime.errors import InternalError, UserError, shown
+from oxfuse.runtime.library import DTYPE_CODES, Library, loadable_path
 from oxfuse.runtime.manifest import OpsLibrary, ProgramSpec
 from oxfuse.runtime.weights import damaged
 
@@ -54,29 +57,15 @@ class Program:
         """
         path = folder / spec.path / spec.library
         try:
-            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path.resolve()), 1)
-        except RuntimeError as error:
+            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(loadable_path(path), 1)
+        except (OSError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path} cannot be loaded: {reason}. Compile the checkpoint again on this machine.") from error
         self.name = spec.name
         self._inputs = len(spec.inputs)
-        self._constants = self._bind(path, spec, weights)
+        names, dtypes = self._runner.get_constant_names_to_original_fqns(), self._runner.get_constant_names_to_dtypes()
+        self._constants = _constants(path, spec, weights, names, dtypes)
         self._runner.update_constant_buffer(self._constants, False, True, user_managed=True)
-
-    def _bind(self, path: Path, spec: ProgramSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        dtypes = self._runner.get_constant_names_to_dtypes()
-        bound = {}
-        for name, qualified in self._runner.get_constant_names_to_original_fqns().items():
-            stored = spec.constants.get(name, spec.constants.get(qualified, ""))
-            if stored not in weights:
-                raise damaged(
-                    path, f"wants the constant {qualified}, which the manifest maps to {shown(stored) if stored else 'nothing'}"
-                )
-            tensor = weights[stored]
-            if dtypes[name] != DTYPE_CODES.get(tensor.dtype):
-                raise damaged(path, f"wants the constant {qualified} with dtype code {dtypes[name]}, {stored} is {tensor.dtype}")
-            bound[name] = tensor
-        return bound
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Run one step. Mutates the caches among `inputs`. Raises InternalError where the library fails."""
@@ -89,16 +78,50 @@ class Program:
         return output
 
 
-DTYPE_CODES = {
-    torch.uint8: 0,
-    torch.int8: 1,
-    torch.int16: 2,
-    torch.int32: 3,
-    torch.int64: 4,
-    torch.float16: 5,
-    torch.float32: 6,
-    torch.float64: 7,
-    torch.bool: 11,
-    torch.bfloat16: 15,
-}
-"""c10::ScalarType, whose numbers are part of torch's serialised formats."""
+class DeviceProgram:
+    """A loaded program for an accelerator. Call it like `Program`, inside `accelerator.active()`; it queues the run only."""
+
+    def __init__(self, folder: Path, spec: ProgramSpec, weights: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+        """Load the library of `spec` and give it its constants from `weights`, which are there. Raises as `Program` does."""
+        path = folder / spec.path / spec.library
+        try:
+            with accelerator.active():  # the library makes its device the current one, and leaves it so
+                self._library = Library(path, accelerator.device)
+            names, dtypes = self._library.constants()
+            self._library.bind(_constants(path, spec, weights, names, dtypes))
+        except (OSError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path} cannot be loaded: {reason}. Compile the checkpoint again for this GPU and torch.") from error
+        self.name, self._accelerator = spec.name, accelerator
+        if (self._library.inputs, self._library.outputs) != (len(spec.inputs), 1):
+            raise damaged(
+                path,
+                f"takes {self._library.inputs} inputs and gives {self._library.outputs} outputs, the manifest says "
+                f"{len(spec.inputs)} and 1",
+            )
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Queue one step. Mutates the caches among `inputs`. Raises InternalError where the library fails."""
+        try:
+            (output,) = self._library.run(inputs, self._accelerator.stream())
+        except RuntimeError as error:
+            raise InternalError(f"The program {self.name} failed: {str(error).partition(chr(10))[0]}") from error
+        return output
+
+
+def _constants(
+    path: Path, spec: ProgramSpec, weights: Mapping[str, Tensor], names: Mapping[str, str], dtypes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return the weights by the names of the library's constants. Raises UserError where the manifest or the file lacks one."""
+    bound = {}
+    for name, qualified in names.items():
+        stored = spec.constants.get(name, spec.constants.get(qualified, ""))
+        if stored not in weights:
+            raise damaged(
+                path, f"wants the constant {qualified}, which the manifest maps to {shown(stored) if stored else 'nothing'}"
+            )
+        tensor = weights[stored]
+        if dtypes[name] != DTYPE_CODES.get(tensor.dtype):
+            raise damaged(path, f"wants the constant {qualified} with dtype code {dtypes[name]}, {stored} is {tensor.dtype}")
+        bound[name] = tensor
+    return bound

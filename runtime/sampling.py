@@ -42,6 +42,11 @@ class SamplingOptions:
             if not fits:
                 raise UserError(f"{name} is {getattr(self, name)!r}: give {want}.")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the token is the most likely one by the model's own logits, so that nothing else of them matters."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -106,8 +111,7 @@ class Sampler:
 
     def pick(self, logits: Tensor, tokens: Sequence[int]) -> int:
         """Return the next token for float32 logits [V] after `tokens`. Raises InternalError where they are not finite."""
-        if not math.isfinite(logits.max()):
-            raise InternalError(f"The model's logits are not finite (maximum {float(logits.max())}): run `oxfuse verify`.")
+        check_finite(float(logits.max()))
         if self.options.repetition_penalty != 1:
             logits = penalise_repetition(logits, tokens, self.options.repetition_penalty)
         if self.options.temperature == 0:
@@ -117,6 +121,12 @@ class Sampler:
         cumulative = filter_logits(logits, self.options).double().softmax(-1).cumsum(-1)
         drawn = torch.rand((), dtype=torch.float64, generator=self._generator) * cumulative[-1]
         return int(torch.searchsorted(cumulative, drawn, right=True))
+
+
+def check_finite(largest: float) -> None:
+    """Raise InternalError unless the largest of a row's logits is finite; it is NaN where one of them is."""
+    if not math.isfinite(largest):
+        raise InternalError(f"The model's logits are not finite (maximum {largest}): run `oxfuse verify`.")
 
 
 def log_probability(logits: Tensor, token: int) -> float:

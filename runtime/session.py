@@ -10,10 +10,10 @@ from types import TracebackType
 
 from torch import Tensor
 
-from oxfuse.runtime.engine import TokenSequence
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.inputs import token_list
 from oxfuse.runtime.scheduler import Job, Scheduler
+from oxfuse.runtime.sequence import TokenSequence
 
 
 class _LastRow(Job):

@@ -14,6 +14,7 @@ from typing import Any
 
 from oxfuse.runtime.cache_size import block_bytes, prefill_chunk, sequence_blocks
 from oxfuse.runtime.errors import UserError
+from oxfuse.runtime.gpus import find_gpus
 from oxfuse.runtime.host import misfits, torch_version
 from oxfuse.runtime.machine import Memory, memory
 from oxfuse.runtime.manifest import Manifest, ModelSpec
@@ -184,7 +185,7 @@ def kind_of(name: str) -> str:
 
 def _fit(manifest: Manifest, needs: Sequence[MemoryNeed]) -> HostFit:
     wrong, here, short = misfits(manifest.requirements), memory(), []
-    if here is not None:
+    if here is not None and not manifest.requirements.gpu_archs:  # a GPU's memory is looked at when it is loaded
         weights, least, most = sum(file.bytes for file in manifest.weights), min(needs, key=_tokens), max(needs, key=_tokens)
         has = f"{size_text(here.usable)} of memory{' (limit of its container)' if here.limit is not None else ''}"
         if weights > here.usable:
@@ -266,7 +267,8 @@ def _numbers(values: Sequence[int]) -> str:
 
 def _weights(summary: Summary, manifest: Manifest) -> Iterator[str]:
     tensors = sum(kind.tensors for kind in summary.weights)
-    yield f"Weights: {size_text(summary.weight_bytes)} in {tensors:,} tensors, mapped and shared by processes"
+    where = "copied to the GPU" if manifest.requirements.gpu_archs else "mapped and shared by processes"
+    yield f"Weights: {size_text(summary.weight_bytes)} in {tensors:,} tensors, {where}"
     for kind in summary.weights:
         share = kind.bytes / max(1, summary.weight_bytes)
         yield _row(kind.kind, f"{size_text(kind.bytes):>9}  {share:4.0%}  {', '.join(kind.dtypes)}")
@@ -309,6 +311,9 @@ def _passes(summary: Summary, manifest: Manifest) -> Iterator[str]:
 def _needs(summary: Summary, manifest: Manifest) -> Iterator[str]:
     need = manifest.requirements
     yield "Needs"
+    if not need.torch:
+        yield _row("runtime", "onnxruntime, or another runtime for ONNX, on any system")
+        return
     yield _row("torch", f"{need.torch}; here {torch_version() or 'none'}")
     yield _row(
         "system",
@@ -316,6 +321,8 @@ def _needs(summary: Summary, manifest: Manifest) -> Iterator[str]:
         f"here {platform.system().lower()} on {platform.machine()}, {' '.join(platform.libc_ver())}",
     )
     yield _row("processor", f"{need.cpu_isa}: {' '.join(need.cpu_features)}")
+    if need.gpu_archs:
+        yield _row("GPU", f"{' or '.join(need.gpu_archs)}; here {'; '.join(map(str, find_gpus().found)) or 'none'}")
 
 
 def _verdict(summary: Summary, manifest: Manifest) -> Iterator[str]:
@@ -327,5 +334,7 @@ def _verdict(summary: Summary, manifest: Manifest) -> Iterator[str]:
     for short in host.short:
         yield f"This machine's {short}."
     if host.fits and not summary.missing:
-        has = f", which has {size_text(host.memory.usable)} of memory" if host.memory and not host.short else ""
+        has = ""
+        if host.memory and not host.short and not manifest.requirements.gpu_archs:
+            has = f", which has {size_text(host.memory.usable)} of memory"
         yield f"Runs on this machine{has}."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LAYERS = 2
 MAX_BATCH = 8  # what compile does by itself
-GRID_ONLY = ("dtypes", "batches", "sequences", "training", "inference", "flavour_name", "budget")
+GRID_ONLY = ("dtypes", "batches", "sequences", "training", "inference", "flavour_name", "budget", "eager", "cell_seconds")
 NOT_GRID = ("folder", "peers", "source", "vocabulary", "prompts", "contexts")
 
 
@@ -67,6 +67,8 @@ NOT_GRID = ("folder", "peers", "source", "vocabulary", "prompts", "contexts")
 )
 @option("--inference/--no-inference", default=True, section="Grid", help="Prefill and decode; measured by default.")
 @option("--training/--no-training", default=True, section="Grid", help="Forward and backward; measured by default.")
+@option("--eager/--no-eager", default=True, section="Grid", help="transformers' eager attention; measured by default.")
+@option("--cell-seconds", type=float, metavar="S", section="Grid", help="Without a budget: for the rounds of a cell, 60.")
 @option("--budget", type=float, metavar="S", section="Grid", help="Seconds for it all: fewer rounds, then fewer cells.")
 @option("--threads", type=int, metavar="N", section="Run", help="Threads; by default as many as this process may use.")
 @option("--wait", default=60.0, show_default=True, metavar="S", section="Run", help="Longest wait for a quiet machine, in all.")
@@ -89,6 +91,8 @@ def bench(
     dtypes: tuple[str, ...],
     inference: bool,
     training: bool,
+    eager: bool,
+    cell_seconds: float | None,
     budget: float | None,
     threads: int | None,
     json_path: Path | None,
@@ -106,6 +110,8 @@ def bench(
         cells = {"dtypes": dtypes, "batches": batches, "sequences": sequences}
         parts = tuple(name for name, wanted in (("inference", inference), ("training", training)) if wanted)
         options = {name: value for name, value in cells.items() if value} | {"parts": parts, "budget": budget, "threads": threads}
+        options |= {"peers": ("eager",) * eager + ("sdpa",)}
+        options |= {"cell_seconds": cell_seconds} if cell_seconds is not None else {}
         options |= {name: plan[name] for name in ("tokens", "rounds", "wait")}
         found = _measure_grid(flavour_name, layers, work, options)
         from oxfuse.compiler.bench.chart import draw_grid

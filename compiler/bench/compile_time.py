@@ -19,7 +19,7 @@ from oxfuse.compiler.bench.random_checkpoint import SHAPE_20B
 from oxfuse.compiler.export import StepLimits, export_step
 from oxfuse.compiler.fuse import fuse
 from oxfuse.compiler.lowering.aoti import lower, use_ops
-from oxfuse.compiler.options import BLOCK_SIZE, MAX_STEP_TOKENS
+from oxfuse.compiler.options import BLOCK_SIZES, MAX_STEP_TOKENS
 from oxfuse.compiler.phases import Phases
 from oxfuse.models.contract import lookup
 from oxfuse.models.virtual import virtual_model
@@ -43,8 +43,8 @@ def measure_compile(layers: int) -> dict[str, object]:
         with phases("export and fuse"):
             fused = fuse(model, encodings, requested=contract.fusions)
         with phases("export step"):
-            limits = StepLimits(tokens=MAX_STEP_TOKENS, sequences=8, table=config.max_position_embeddings // BLOCK_SIZE)
-            program = export_step(fused.step, fused.cache, block_size=BLOCK_SIZE, dtype=torch.bfloat16, limits=limits)
+            limits = StepLimits(tokens=MAX_STEP_TOKENS, sequences=8, table=config.max_position_embeddings // BLOCK_SIZES["cpu"])
+            program = export_step(fused.step, fused.cache, block_size=BLOCK_SIZES["cpu"], dtype=torch.bfloat16, limits=limits)
         with phases("build C++ ops"):
             ops = build_ops(cpu_kernels(), level, Path(scratch) / "ops.so")
             load_ops(ops)

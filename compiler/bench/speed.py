@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,9 +164,20 @@ class SpeedResult:
 class Worker:
     """An engine in a process of its own."""
 
-    def __init__(self, engine: str, folder: Path, threads: int, *more: str, module: str = WORKER) -> None:
-        """Start it; `more` are further arguments of the `module`. Raises UserError with the reason if it cannot run here."""
-        command = [sys.executable, "-m", module, engine, str(folder), str(threads), *more]
+    def __init__(
+        self,
+        engine: str,
+        folder: Path,
+        threads: int,
+        *more: str,
+        module: str = WORKER,
+        program: Sequence[str] | None = None,
+    ) -> None:
+        """Start it; `more` are further arguments of the `module`, or of the command `program` for another interpreter.
+
+        Raises UserError with the reason if it cannot run here.
+        """
+        command = [*(program or (sys.executable, "-m", module)), engine, str(folder), str(threads), *more]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

@@ -29,6 +29,7 @@ CONTRACT = ModelContract(
     recognises=is_original,
     refused_dtypes={torch.float16: "GPT-OSS activations reach about 45,000 and overflow float16 to inf, then NaN"},
     flavours=FLAVOURS,
+    genai_type="gptoss",
 )
 
 __all__ = [

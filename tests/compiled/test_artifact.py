@@ -61,8 +61,9 @@ def test_prefill_beside_decodes_gives_the_tokens_of_separate_runs(compiled):
     assert model.scheduler.engine.used_blocks == 0
 
 
-def test_rewinds_and_shared_prefixes_give_the_tokens_of_separate_runs(compiled):
-    case, _, artifact = compiled("base")
+@pytest.mark.parametrize("options", [{}, {"target": "onnx"}], ids=["cpu", "onnx"])
+def test_rewinds_and_shared_prefixes_give_the_tokens_of_separate_runs(compiled, options):
+    case, _, artifact = compiled("base", **options)
     model = oxfuse.load(artifact)
     prompt, tail, other = (random_ids(case, n, seed=n).tolist() for n in (200, 9, 23))
 

@@ -57,9 +57,10 @@ class Head:
     family: str
     task: str
     dtype: str = "float32"
+    target: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.task}-{self.dtype}"
+        return f"{self.family}-{self.task}-{self.dtype}-{self.target}"
 
     def write(self, folder: Path) -> Path:
         """Write a random checkpoint with the bundled tokenizer, and return its folder."""
@@ -97,12 +98,18 @@ class Head:
 
 
 Made = tuple[Path, Path]
-ALWAYS = Head("gpt_neox", "text-classification")
-SLOW = (
-    *(Head("gpt_neox", task) for task in METHODS if task != ALWAYS.task),
-    *(Head("gpt_oss", task) for task in OSS_CLASSES),
+ALWAYS = (
+    Head("gpt_neox", "text-classification"),
+    Head("gpt_neox", "question-answering", target="onnx"),
+    Head("gpt_oss", "text-classification", target="onnx-portable"),
 )
-HEADS = [pytest.param(ALWAYS, id=str(ALWAYS)), *(pytest.param(head, id=str(head), marks=pytest.mark.slow) for head in SLOW)]
+ALL = [
+    Head(family, task, target=target)
+    for target in ("cpu", "onnx", "onnx-portable")
+    for family, tasks in (("gpt_neox", METHODS), ("gpt_oss", OSS_CLASSES))
+    for task in tasks
+]
+HEADS = [pytest.param(head, id=str(head), marks=() if head in ALWAYS else pytest.mark.slow) for head in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +121,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Head], Made]:
         if head not in made:
             place = tmp_path_factory.mktemp(str(head))
             folder = head.write(place / "checkpoint")
-            made[head] = folder, oxfuse.compile(folder, place / "artifact", dtype=head.dtype)
+            made[head] = folder, oxfuse.compile(folder, place / "artifact", dtype=head.dtype, target=head.target)
         return made[head]
 
     return get

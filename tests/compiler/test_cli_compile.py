@@ -125,7 +125,7 @@ def test_names_of_choices_are_those_of_the_options() -> None:
         if dtype != "float16":
             assert options.CompileOptions(dtype=dtype).dtype == dtype
     with pytest.raises(UserError, match="targets: cpu"):
-        options.CompileOptions(target="onnx")
+        options.CompileOptions(target="tpu")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,8 @@ def test_names_of_choices_are_those_of_the_options() -> None:
     [
         (["nowhere"], "There is no folder nowhere"),
         ([str(BUNDLED), "--target", "tpu"], "target 'tpu' is not a target; targets: cpu"),
-        ([str(BUNDLED), "--target", "onnx"], "not built by this version"),
+        ([str(BUNDLED), "--target", "cuda:sm_70"], "not built by this version"),
+        ([str(BUNDLED), "--target", "onnx", "--dtype", "bfloat16"], "dtype bfloat16 is not supported by target onnx"),
         ([str(BUNDLED), "--dtype", "int3"], "dtype 'int3'"),
         ([str(BUNDLED), "--cpu-isa", "mmx"], "cpu_isa is 'mmx'"),
         ([str(BUNDLED), "--experts", "int8"], "not available"),

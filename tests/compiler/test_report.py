@@ -33,7 +33,13 @@ REPORT = Report(
     parity=Parity(**PARITY),
     numerics={"experts": "exact: the checkpoint's own values"},
     requirements=Requirements(
-        torch="2.13", platform="linux", machine="x86_64", cpu_isa="x86-64-v3", cpu_features=("avx2", "fma"), glibc="2.28"
+        torch="2.13",
+        platform="linux",
+        machine="x86_64",
+        cpu_isa="x86-64-v3",
+        cpu_features=("avx2", "fma"),
+        glibc="2.28",
+        gpu_archs=(),
     ),
     notes=("rope_scaling: null means YaRN with its defaults.",),
 )
@@ -42,7 +48,7 @@ REPORT = Report(
 def test_both_files(tmp_path: Path) -> None:
     write_report(tmp_path, REPORT)
     told = json.loads((tmp_path / "report.json").read_text())
-    assert told["parity"] == {**PARITY, "reason": None}
+    assert told["parity"] == {**PARITY, "reason": None, "kl": None, "own_rms": None, "own_max": None}
     assert told["seconds"] == REPORT.seconds
     assert told["passes"][0]["max_error"] is None
     assert (tmp_path / "report.md").read_text() == REPORT.to_markdown()

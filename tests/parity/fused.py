@@ -75,5 +75,5 @@ def fused_model(
         with torch.no_grad():
             return fused.step(*inputs)
 
-    engine = Engine(wrap(step) if wrap else step, cache_spec(fused.cache, plan.dtype), plan.limits)
+    engine = Engine(wrap(step) if wrap else step, cache_spec(fused.cache, plan.block_size, plan.dtype), plan.limits)
     return CompiledModel(engine, vocab_size=plan.config.vocab_size)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from oxfuse.runtime.engine import TokenSequence
 from oxfuse.runtime.generate import Generation, GenerationJob, generation_options
 from oxfuse.runtime.harmony import find_markers
+from oxfuse.runtime.sequence import TokenSequence
 from oxfuse.runtime.tokenizer import TextTokenizer
 
 from .test_text import byte_level

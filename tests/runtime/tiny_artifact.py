@@ -186,6 +186,7 @@ def write_artifact(folder: Path) -> Path:
             cpu_isa="native",
             cpu_features=("fpu",) if platform.machine() == "x86_64" else (),
             glibc="2.17",
+            gpu_archs=(),
         ),
         weights=(WeightFile(path=WEIGHTS, bytes=len(data), header_sha256=header, tensors=tensors),),
         passes=(PassRecord(name="insert_cache", count=1, checked=1, max_error=1e-6),),

@@ -111,8 +111,12 @@ def _half(node: Any) -> tuple[fx.Node, int]:
 
 
 def _slice_of(node: Any) -> tuple[fx.Node, int, int] | None:
-    """Return (x, start, end) of a slice of the last dim, or None."""
+    """Return (x, start, end) of a slice of the last dim, or of a part it was split into; else None."""
     node = uncast(node)
+    if is_op(node, operator.getitem) and is_op(args_of(node)[0], A.split_with_sizes.default):
+        x, sizes, *dim = args_of(args_of(node)[0])
+        index = int(args_of(node)[1])
+        return (as_node(uncast(x)), sum(sizes[:index]), sum(sizes[: index + 1])) if dim in ([-1], [3]) else None
     if not is_op(node, A.slice.Tensor) or args_of(node)[1] not in (-1, 3) or (len(args_of(node)) > 4 and args_of(node)[4] != 1):
         return None
     x = as_node(uncast(args_of(node)[0]))
