@@ -64,6 +64,14 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     shell_complete=one_of(*POLICIES["cpu_isa"]),
     help="native (on the host of a GPU x86-64-v3), x86-64-v3 (AVX2) or x86-64-v4 (AVX-512).",
 )
+@option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    section="Program",
+    shell_complete=one_of(*POLICIES["provider"]),
+    help="For target onnx: the part of onnxruntime that is to run it, cpu or cuda.",
+)
 @option("--max-context", type=int, metavar="N", section="Program", help="Longest sequence in tokens; by default the model's.")
 @option("--max-batch", type=int, metavar="N", default=8, show_default=True, section="Program", help="Most sequences in one step.")
 @option("--task", section="Model", help="By default the one that the checkpoint's architecture names.")
@@ -98,7 +106,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Numerics",
     shell_complete=one_of(*POLICIES["dense"]),
-    help="How dense weights are stored; exact so far.",
+    help="How embeddings and head are stored; int8 loses, and is for target onnx.",
 )
 def compile(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Compile the checkpoint SRC into an artifact.

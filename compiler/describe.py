@@ -46,6 +46,7 @@ EXPERTS = {
     "int8": "int8: weights of 8 bits in blocks of 32, which hold MXFP4 exactly; their inputs rounded to 8 bits in blocks",
     "int4": "int4: weights of 4 bits in blocks of 32, not exact; their inputs rounded to 8 bits in blocks",
 }
+DENSE_INT8 = "int8: embeddings and head of 8 bits in blocks of 32, the head's inputs rounded to 8 bits; all else exact"
 
 
 def describe_artifact(
@@ -91,7 +92,7 @@ def describe_artifact(
         numerics={
             "activations": f"exact: {dtype}, float32 inside fused ops",
             "experts": EXPERTS[plan.options.experts],
-            "dense": f"exact: {dtype}",
+            "dense": f"exact: {dtype}" if plan.options.dense == "exact" else DENSE_INT8,
             "cache": dtype,
         },
         tokenizer_files={path.name: _sha256(folder / path.name) for path in plan.tokenizer_files},

@@ -21,7 +21,12 @@ MAX_STEP_TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
-    """The options of one compile. Raises UserError for values that no target has, or that this target cannot honour."""
+    """The options of one compile. Raises UserError for values that no target has, or that this target cannot honour.
+
+    experts: "exact", or for target onnx "int8" and "int4". dense: "exact", or for target onnx "int8" of embeddings and head. The
+    report says what they lose. activations: "exact". cpu_isa: "native", "x86-64-v3" or "x86-64-v4". provider: the part of
+    onnxruntime that is to run an ONNX model: "cpu", or "cuda" (bfloat16 or float16; MXFP4 experts as they are).
+    """
 
     target: str = "cpu"
     dtype: str = "auto"
@@ -36,33 +41,38 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         self._check_target()
+        for name, choices in POLICIES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        if self.provider != "cpu" and self.target != "onnx":
+            raise UserError(f"provider {self.provider!r} belongs to target onnx; target {self.target} takes none.")
+        where = f"target {self.target}{'' if self.provider == 'cpu' else f' with provider {self.provider}'}"
         if self.dtype not in DTYPE_NAMES:
             raise UserError(f"dtype {self.dtype!r} is not supported; choose {', '.join(DTYPES)} or auto.")
-        if self.device == "onnx" and self.dtype not in ("auto", "float32"):
-            raise UserError(f"dtype {self.dtype} is not supported by target {self.target}; choose float32.")
-        if self.dtype == "float16" and not self.archs:
-            raise UserError("dtype float16 is not supported by target cpu; choose bfloat16 or float32.")
+        if self.dtype not in ("auto", *self.dtypes):
+            raise UserError(f"dtype {self.dtype} is not supported by {where}; choose {' or '.join(self.dtypes)}.")
         if self.task is not None and self.task not in get_args(TaskName):
             raise UserError(f"task {self.task!r} is unknown; tasks: {', '.join(get_args(TaskName))}.")
         for name, least in (("max_context", 1), ("max_batch", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise UserError(f"{name} is {value!r}; expected a whole number from {least} on.")
-        for name, choices in POLICIES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        lossy = ("experts", "dense") if (self.target, self.provider) == ("onnx", "cpu") else ()
         for name in ("experts", "activations", "dense"):
-            if (value := getattr(self, name)) != "exact" and (name, self.target) != ("experts", "onnx"):
-                raise UserError(f"{name}={value!r} is not available for target {self.target} in this version; leave it at exact.")
-        if self.provider != "cpu" and self.target == "onnx":
-            raise UserError(f"provider {self.provider!r} is not available in this version; leave it at cpu.")
-        if self.provider != "cpu":
-            raise UserError(f"provider {self.provider!r} belongs to target onnx; target {self.target} takes none.")
+            if (value := getattr(self, name)) != "exact" and name not in lossy:
+                raise UserError(f"{name}={value!r} is not available for {where} in this version; leave it at exact.")
 
     @property
     def device(self) -> str:
         """Return the kind of device: "cpu", "cuda" or "onnx"."""
         return self.target.partition(":")[0].partition("-")[0]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Return the names of the dtypes that the target computes in."""
+        if self.device == "onnx":  # onnxruntime's attention: float32 on the CPU, 16 bits on a GPU
+            return ("float32",) if self.provider == "cpu" else ("bfloat16", "float16")
+        return ("bfloat16", "float32", "float16") if self.archs else ("bfloat16", "float32")
 
     @property
     def archs(self) -> tuple[int, ...]:

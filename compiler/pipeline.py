@@ -35,8 +35,8 @@ from oxfuse.errors import UserError
 from oxfuse.models.tensor_source import MemoryTensor, TensorSource
 from oxfuse.models.virtual import virtual_model
 from oxfuse.passes.dump import GraphDumps
-from oxfuse.passes.fusions.moe_dispatch.quantise import BlockValues
 from oxfuse.passes.insert_past import insert_past
+from oxfuse.passes.quantise import BlockValues
 from oxfuse.passes.weights import Weight
 from oxfuse.runtime.manifest import MANIFEST, Manifest, WeightFile
 
@@ -133,8 +133,9 @@ def _fuse(plan: Plan, dumps: GraphDumps | None) -> Fused:
     if plan.options.device == "onnx":
         insert = partial(insert_past, cached=plan.task == "text-generation", pooled=plan.pooled)
         export = partial(export_reference, batched=True)
-        # But for int8, which holds all values of MXFP4, experts enter dense: dequantised on their way into the weight file.
-        known = encodings if plan.options.experts == "int8" else {}
+        # But for int8, which holds all values of MXFP4, and GPUs, which take it as it is, experts enter dense: dequantised on
+        # their way into the weight file.
+        known = encodings if plan.options.experts == "int8" or plan.options.provider == "cuda" else {}
         return fuse(model, known, requested=plan.contract.fusions, observe=dumps, export=export, insert=insert)
     return fuse(model, encodings, requested=plan.contract.fusions, observe=dumps)
 

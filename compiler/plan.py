@@ -20,6 +20,14 @@ from oxfuse.models.contract import ModelContract, lookup
 from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.runtime.manifest import Limits
 
+NEAREST = {
+    torch.float64: (torch.float32, torch.float16, torch.bfloat16),
+    torch.float32: (torch.float32, torch.float16, torch.bfloat16),
+    torch.float16: (torch.float16, torch.bfloat16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+}
+"""A checkpoint's dtype -> what to compute in, the best first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -131,14 +139,11 @@ def _host_isa(options: CompileOptions) -> str:
 
 
 def _dtype(options: CompileOptions, contract: ModelContract, checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype to compile in: the one asked for, or the checkpoint's own where the device computes in it."""
-    if options.device == "onnx":  # what onnxruntime's CPU kernels, and portable models, compute in
-        return torch.float32
-    others = {torch.float64: torch.float32} | ({} if options.archs else {torch.float16: torch.bfloat16})
-    own = others.get(checkpoint.dtype, checkpoint.dtype)
-    if own in contract.refused_dtypes:  # float16 of a model that overflows in it
-        own = torch.bfloat16
-    dtype = own if options.dtype == "auto" else DTYPES[options.dtype]
+    """Return the dtype to compile in: the one asked for, or of those that fit device and model the checkpoint's nearest."""
+    if options.dtype == "auto":
+        fitting = {DTYPES[name] for name in options.dtypes} - contract.refused_dtypes.keys()
+        return next(near for near in NEAREST.get(checkpoint.dtype, (torch.float32, torch.bfloat16)) if near in fitting)
+    dtype: torch.dtype = DTYPES[options.dtype]
     if dtype in contract.refused_dtypes:
         raise UserError(f"{contract.model_type} cannot run in {dtype}: {contract.refused_dtypes[dtype]}.")
     return dtype

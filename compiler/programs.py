@@ -26,6 +26,7 @@ from oxfuse.compiler.plan import Plan
 from oxfuse.errors import InternalError
 from oxfuse.passes.dump import GraphDumps, op_counts
 from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
+from oxfuse.runtime.manifest import ONNX_CUDA
 
 if TYPE_CHECKING:
     from oxfuse.compiler.lowering.anatomy import Anatomy
@@ -143,24 +144,25 @@ def _build_onnx(
     plan: Plan, fuse: Callable[[], Fused], folder: Path, phases: Phases, dumps: GraphDumps | None
 ) -> tuple[Fused, BuiltPrograms]:
     from oxfuse.compiler.lowering.onnx import MODEL, translate
+    from oxfuse.passes.onnx_graph import OnnxTarget
 
     with phases("export and fuse"):
         fused = fuse()
     with phases("translate to ONNX"):
-        model = translate(
-            fused,
-            "portable" if plan.options.target == "onnx-portable" else "ort",
+        wanted = OnnxTarget(
+            profile="portable" if plan.options.target == "onnx-portable" else "ort",
+            provider=cast(Any, plan.options.provider),
             dtype=plan.dtype,
             max_context=plan.limits.max_context,
-            pooled=plan.pooled,
             experts=cast(Any, plan.options.experts),
+            dense=cast(Any, plan.options.dense),
         )
+        model = translate(fused, wanted, pooled=plan.pooled)
     # Beside the weights: external data lies in the model's folder or below.
     lowered = Lowered(folder=folder.parent, library=MODEL, constants=model.weights)
     calls = op_counts(fused.step.graph)
-    built = BuiltProgram(
-        name="step", target=plan.options.target, lowered=lowered, limits=plan.step_limits, calls=calls, onnx=model
-    )
+    target = plan.options.target if plan.options.provider == "cpu" else ONNX_CUDA
+    built = BuiltProgram(name="step", target=target, lowered=lowered, limits=plan.step_limits, calls=calls, onnx=model)
     return fused, BuiltPrograms(programs=(built,), ops=None)
 
 

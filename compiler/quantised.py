@@ -1,4 +1,4 @@
-"""A checkpoint's experts as an artifact with fewer bits has them, for the oracle: it tells what is lost from what is wrong."""
+"""A checkpoint's weights as an artifact with fewer bits has them, for the oracle: it tells what is lost from what is wrong."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from oxfuse.models.tensor_source import TensorSource
-from oxfuse.passes.fusions.moe_dispatch.quantise import Bits, dequantised
+from oxfuse.passes.quantise import Bits, dequantised
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantised(TensorSource):
-    """A bank of experts [E, in, out] whose values went through blocks of `bits` along the input and back, float32."""
+    """A bank of experts [E, in, out], or a matrix [out, in], whose values went through blocks of `bits` along `in` and back."""
 
     whole: TensorSource
     bits: Bits
@@ -25,5 +25,7 @@ class Quantised(TensorSource):
         return cls(name=whole.name, shape=whole.shape, dtype=torch.float32, whole=whole, bits=bits)
 
     def read(self, rows: slice | None = None) -> Tensor:
-        """Return experts `rows`."""
+        """Return experts, or outputs, `rows`, float32."""
+        if len(self.shape) == 2:
+            return dequantised(self.whole.read(rows), self.bits)
         return dequantised(self.whole.read(rows).transpose(1, 2), self.bits).transpose(1, 2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oxfuse.runtime.manifest import Limits, ModelSpec, PassRecord, Requirements
+from oxfuse.runtime.manifest import ONNX_CUDA, Limits, ModelSpec, PassRecord, Requirements
 from oxfuse.runtime.units import size_text
 
 REPORT_JSON = "report.json"
@@ -163,6 +163,8 @@ def _cost(report: Report) -> Iterable[tuple[str, str]]:
     host = (
         f"torch {need.torch}, {need.platform} on {need.machine} ({need.cpu_isa})"
         if need.torch
+        else "an NVIDIA GPU, with onnxruntime-gpu"
+        if any(program.target == ONNX_CUDA for program in report.programs)
         else "any machine that has a runtime for ONNX"
     )
     yield "runs on", f"{host}{gpus}{libc}"

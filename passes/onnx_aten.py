@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from oxfuse.errors import InternalError
+from oxfuse.errors import InternalError, UserError
 from oxfuse.passes.graph import args_of, dtype_of, shape_of
-from oxfuse.passes.onnx_graph import DTYPES, Form, OnnxGraph, Value
+from oxfuse.passes.onnx_graph import CONTRIB, Form, OnnxGraph, Value
+from oxfuse.passes.quantise import BLOCK
 
 
 def _embedding(to: OnnxGraph, node: fx.Node) -> Value:
     weight, ids = args_of(node)[:2]
-    return to.op("Gather", to.of(weight), to.of(ids), axis=0)
+    if to.target.dense == "exact":
+        return to.op("Gather", to.of(weight), to.of(ids), axis=0)
+    check_blocks(weight)
+    values, scales = to.quantised(weight, 8)
+    axes = {"gather_axis": 0, "quantize_axis": 1}
+    return to.op("GatherBlockQuantized", values, to.of(ids), scales, domain=CONTRIB, bits=8, block_size=BLOCK, **axes)
+
+
+def check_blocks(weight: fx.Node) -> None:
+    """Raise UserError for a dense weight whose rows are not whole blocks."""
+    if (size := shape_of(weight)[-1]) % BLOCK:
+        raise UserError(f"dense='int8' works on blocks of {BLOCK}, but {weight.target} has rows of {size}: leave it at exact.")
 
 
 def _layer_norm(to: OnnxGraph, node: fx.Node) -> Value:
@@ -34,7 +47,10 @@ def _same(kind: str) -> Form:
 
 
 def _gelu(to: OnnxGraph, node: fx.Node) -> Value:
-    return to.op("Gelu", to.of(args_of(node)[0]), approximate=str(node.kwargs.get("approximate", "none")))
+    """In float32, as torch computes it inside: onnxruntime has no Gelu of every 16-bit type on every provider."""
+    x, dtype = args_of(node)[0], dtype_of(node)
+    wide = to.cast(to.of(x), dtype, torch.float32)
+    return to.cast(to.op("Gelu", wide, approximate=str(node.kwargs.get("approximate", "none"))), torch.float32, dtype)
 
 
 def _silu(to: OnnxGraph, node: fx.Node) -> Value:
@@ -79,7 +95,7 @@ def _size(to: OnnxGraph, node: fx.Node) -> Value:
 
 def _cast(to: OnnxGraph, node: fx.Node) -> Value:
     x = args_of(node)[0]
-    return to.of(x) if dtype_of(x) == dtype_of(node) else to.op("Cast", to.of(x), to=DTYPES[dtype_of(node)])
+    return to.cast(to.of(x), dtype_of(x), dtype_of(node))
 
 
 def _itself(to: OnnxGraph, node: fx.Node) -> Value:

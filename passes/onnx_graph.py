@@ -12,6 +12,7 @@ import importlib.util
 import operator
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,14 +23,19 @@ from torch import fx
 
 from oxfuse.errors import InternalError
 from oxfuse.passes import fusions
-from oxfuse.passes.graph import args_of
+from oxfuse.passes.graph import A, args_of, is_op
+from oxfuse.passes.quantise import Bits, BlockScales, BlockValues
 from oxfuse.passes.weights import Transform, WeightTable
 
 Profile = Literal["ort", "portable"]
+Provider = Literal["cpu", "cuda"]
 Experts = Literal["exact", "int8", "int4"]
+Dense = Literal["exact", "int8"]
 OPSET = 23
 """The first with RMSNormalization and RotaryEmbedding."""
 IR_VERSION = 11
+IR_VERSION_E8M0 = 12
+"""Of models with tensors of that type, which came with it."""
 CONTRIB = "com.microsoft"
 DTYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -47,15 +53,37 @@ Form = Callable[["OnnxGraph", fx.Node], Value]
 """Adds the nodes that a call means and returns the name of its result, or of its results."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnnxTarget:
+    """What a model is for.
+
+    provider: onnxruntime's part that shall run it. dtype: of weights, activations and caches. max_context: no sequence is longer.
+    experts, dense: how experts, and the embeddings and the head, are stored and computed.
+    """
+
+    profile: Profile
+    provider: Provider = "cpu"
+    dtype: torch.dtype = torch.float32
+    max_context: int
+    experts: Experts = "exact"
+    dense: Dense = "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A weight's bytes as a tensor of another element type, one of ONNX's, or of another shape; None: as it is stored."""
+
+    weight: str
+    element: int | None
+    shape: tuple[int, ...] | None
+
+
 class OnnxGraph:
     """An ONNX graph in the making. `of` gives the name of what a node of the fused graph yields."""
 
-    def __init__(self, module: fx.GraphModule, weights: WeightTable, *, max_context: int, experts: Experts = "exact") -> None:
-        """Begin a graph for `module`, whose computed buffers have values and whose weights are those of the table `weights`.
-
-        No sequence is longer than `max_context` tokens. `experts`: how experts are stored and computed.
-        """
-        self.module, self.max_context, self.experts = module, max_context, experts
+    def __init__(self, module: fx.GraphModule, weights: WeightTable, target: OnnxTarget) -> None:
+        """Begin a graph for `module`, whose computed buffers have values and whose weights are those of the table `weights`."""
+        self.module, self.target = module, target
         self.table_of_weights = weights
         self.computed: dict[str, torch.Tensor] = {}
         """Weights that forms made, such as tables, by name."""
@@ -63,6 +91,9 @@ class OnnxGraph:
         self.constants: dict[str, onnx.TensorProto] = {}
         self.weights: set[str] = set()
         """Names of the weights that nodes may read."""
+        self.views: dict[str, View] = {}
+        """Other forms of the same bytes, by name."""
+        self.head = _head(module.graph)
         self._values: dict[fx.Node, Value] = {}
         self._made: dict[object, tuple[str, ...]] = {}
         self._count = 0
@@ -124,10 +155,26 @@ class OnnxGraph:
 
     def derived(self, node: fx.Node, suffix: str, transform: Transform, dtype: torch.dtype) -> str:
         """Return the name of a weight in another form; the table of weights gets it, with the transform as its last step."""
-        name = f"{node.target}_{suffix}"
-        self.table_of_weights[name] = self.table_of_weights[str(node.target)].then(transform, dtype)
+        weight = self.table_of_weights[str(node.target)].then(transform, dtype)
+        equal = (name for name, known in self.table_of_weights.items() if known == weight)  # that of a tied weight
+        name = next(equal, f"{node.target}_{suffix}")
+        self.table_of_weights[name] = weight
         self.weights.add(name)
         return name
+
+    def quantised(self, node: fx.Node, bits: Bits) -> tuple[str, str]:
+        """Return the names of a weight [..., K] as whole numbers, and of their scales float32 [..., K / 32]."""
+        values = self.derived(node, f"int{bits}", BlockValues(bits), torch.uint8)
+        return values, self.derived(node, f"int{bits}_scales", BlockScales(bits), torch.float32)
+
+    def viewed(self, weight: str, suffix: str, *, element: int | None = None, shape: tuple[int, ...] | None = None) -> str:
+        """Return the name of a view of a weight: the weight file holds its bytes once."""
+        self.views[name := f"{weight}_{suffix}"] = View(weight=weight, element=element, shape=shape)
+        return name
+
+    def cast(self, value: str, old: torch.dtype, new: torch.dtype) -> str:
+        """Return a value of dtype `old` in dtype `new`."""
+        return value if old == new else self.op("Cast", value, to=DTYPES[new])
 
     def table(self, name: str, values: torch.Tensor) -> str:
         """Return the name of a weight that follows from the configuration: written once, however often it is asked for."""
@@ -170,6 +217,17 @@ class OnnxGraph:
                 needed.update(_read(node))
                 kept.append(node)
         return kept[::-1]
+
+
+def _head(graph: fx.Graph) -> fx.Node | None:
+    """Return the dense layer that the first result of a graph comes from, with nothing but views in between; None without one."""
+    node: Any = graph.output_node().args[0]
+    node = node[0] if isinstance(node, list | tuple) else node
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if is_op(node, A.linear):
+            return node
+        node = node.args[0] if is_op(node, A.view, A.to, A.squeeze) else None
+    return None
 
 
 def _read(node: onnx.NodeProto) -> set[str]:

@@ -21,7 +21,17 @@ from oxfuse.runtime.engine import Engine
 from oxfuse.runtime.errors import InternalError, UserError, shown
 from oxfuse.runtime.gpus import choose_gpu, find_gpus
 from oxfuse.runtime.host import check_host
-from oxfuse.runtime.manifest import ONNX, CacheGroup, CacheSpec, Manifest, ModelSpec, ProgramSpec, cache_shapes, read_manifest
+from oxfuse.runtime.manifest import (
+    ONNX,
+    ONNX_CUDA,
+    CacheGroup,
+    CacheSpec,
+    Manifest,
+    ModelSpec,
+    ProgramSpec,
+    cache_shapes,
+    read_manifest,
+)
 from oxfuse.runtime.model import CompiledModel
 from oxfuse.runtime.program import Program, load_ops_library
 from oxfuse.runtime.tokenizer import TextTokenizer
@@ -79,7 +89,7 @@ def load(
     if check == "full":
         check_weights(folder, manifest)
     if kind == "onnx":
-        engine = _onnx_engine(folder, manifest, programs["step"], width, threads, cache_bytes, prepack)
+        engine = _onnx_engine(folder, manifest, programs["step"], width, threads, cache_bytes, prepack, device)
     elif gpus is None:
         engine = _host_engine(folder, manifest, programs["step"], threads, cache_bytes)
     else:
@@ -113,13 +123,14 @@ def _onnx_engine(
     threads: int | None,
     cache_bytes: int | None,
     prepack: bool,
+    device: str | torch.device | None,
 ) -> Engine:
     from oxfuse.runtime.onnx import OnnxDevice, chunk_of  # onnxruntime is for such artifacts alone
 
-    device = OnnxDevice(folder, program, manifest.model, width, threads, prepack)
+    runner = OnnxDevice(folder, program, manifest.model, width, threads, prepack, None if device is None else str(device))
     everything = CacheGroup(window=0, layers=tuple(range(len(manifest.cache.kv_heads))))  # windows free nothing
     cache, chunk = dataclasses.replace(manifest.cache, groups=(everything,)), chunk_of(program, manifest.limits)
-    return Engine(_no_step, cache, manifest.limits, chunk=chunk, cache_bytes=cache_bytes, threads=threads, device=device)
+    return Engine(_no_step, cache, manifest.limits, chunk=chunk, cache_bytes=cache_bytes, threads=threads, device=runner)
 
 
 def _no_step(inputs: list[Tensor]) -> Tensor:
@@ -157,8 +168,10 @@ def check_targets(manifest: Manifest, device: str | None) -> Literal["cpu", "cud
     Raises UserError where `device` is of another kind, or the programs are not for what the manifest says the artifact is for.
     """
     if manifest.programs and all(program.kind == ONNX for program in manifest.programs):
-        if device not in (None, "cpu"):
-            raise UserError(f"The artifact is an ONNX model, which oxfuse runs on the CPU, not on {shown(device)}.")
+        gpu = all(program.target == ONNX_CUDA for program in manifest.programs)
+        if device not in (None, "cpu") and not (gpu and device.partition(":")[0] == "cuda"):
+            remedy = "" if gpu else ": for a GPU, compile with --provider cuda"
+            raise UserError(f"The artifact is an ONNX model for {'a GPU' if gpu else 'the CPU'}, not {shown(device)}{remedy}.")
         return "onnx"
     stated = {f"cuda:{arch}" for arch in manifest.requirements.gpu_archs} or {"cpu"}
     held = {program.target for program in manifest.programs}

@@ -19,6 +19,8 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 ONNX = "onnx"
 """The kind of programs that are ONNX models; the others are "aoti"."""
+ONNX_CUDA = "onnx:cuda"
+"""The target of ONNX models that onnxruntime's GPU kernels are to compute."""
 MOST = 1 << 53
 """No number of an artifact is larger, and products of a few such numbers are still numbers that a float holds."""
 TaskName = typing.Literal[

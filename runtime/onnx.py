@@ -4,31 +4,39 @@ An ONNX model knows no blocks: a sequence's keys and values lie in one piece. So
 sequence, and block b of a layer's caches [blocks, KV, max_context, D] is what the model calls past and present of one row. A
 model whose attention extends that in place (target onnx) gets the same memory for both, and sequences in neighbouring blocks
 share a step; one that returns longer tensors (onnx-portable) runs row by row, and what is new is copied into the block.
+
+A model for a GPU keeps its caches there; tokens go in and logits come out through the CPU's memory. Where there is no GPU, the
+CPU computes what it has kernels for.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from oxfuse.runtime.blocks import cache_dtype, discard, reserve
 from oxfuse.runtime.cache_size import CacheSize
 from oxfuse.runtime.device import Device, Outcome, Step
-from oxfuse.runtime.errors import InternalError, UserError
-from oxfuse.runtime.manifest import CacheSpec, Limits, ModelSpec, ProgramSpec
+from oxfuse.runtime.errors import InternalError, UserError, shown
+from oxfuse.runtime.gpus import find_gpus
+from oxfuse.runtime.manifest import ONNX_CUDA, CacheSpec, Limits, ModelSpec, ProgramSpec
 from oxfuse.runtime.sequence import Feed
 
-SHARED = "onnx"
-"""The target whose attention extends its past in place."""
+SHARED = ("onnx", ONNX_CUDA)
+"""The targets whose attention extends its past in place."""
 IDS, MASK, FIRST, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "first_logit", "logits", "past_key_values", "present"
-ELEMENTS = {torch.float32: np.float32, torch.int64: np.int64}
+CUDA = "CUDAExecutionProvider"
+ELEMENTS = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
+"""TensorProto.DataType of ONNX."""
 INSTALL = 'install it with pip install "oxfuse[onnx]"'
+logger = logging.getLogger("oxfuse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +50,22 @@ class _Row:
 
 
 class OnnxDevice(Device):
-    """A session of onnxruntime and the memory that its caches are in: the CPU's."""
+    """A session of onnxruntime and the memory that its caches are in."""
 
-    def __init__(self, folder: Path, spec: ProgramSpec, model: ModelSpec, width: int, threads: int | None, prepack: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ProgramSpec,
+        model: ModelSpec,
+        width: int,
+        threads: int | None,
+        prepack: bool,
+        device: str | None = None,
+    ) -> None:
         """Open the model of `spec`, which gives `width` values for a token. Raises UserError where it cannot be loaded.
 
-        `prepack`: whether onnxruntime may copy dense weights into a layout of its own.
+        `prepack`: whether onnxruntime may copy dense weights into a layout of its own. `device` None takes a GPU for a model that
+        was made for one, if there is one that works; "cuda" or "cuda:N" takes nothing else.
         """
         try:
             import onnxruntime
@@ -59,22 +77,46 @@ class OnnxDevice(Device):
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = folder / spec.path / spec.library
+        gpu, problem = (None, "") if spec.target != ONNX_CUDA or device == "cpu" else _gpu(device, onnxruntime)
+        if problem and device is not None:
+            raise UserError(f"The artifact cannot run on {device}: {problem}.")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if gpu is not None:
+            onnxruntime.preload_dlls()  # CUDA's libraries, of which torch has a copy
+            providers.insert(0, (CUDA, {"device_id": gpu}))
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, which have no common base but this
             reason = str(error).partition("\n")[0]
-            raise UserError(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}.") from error
+            remedy = f" It was compiled for a GPU, and {problem}: compile it without --provider cuda." if problem else ""
+            raise UserError(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}.{remedy}") from error
+        if gpu is not None and CUDA not in self._session.get_providers():
+            problem, gpu = "onnxruntime cannot load CUDA's libraries (its log says which)", None
+            if device is not None:
+                raise UserError(f"The artifact cannot run on {device}: {problem}.")
+        if problem:
+            logger.warning("%s was compiled for a GPU, but %s: the CPU computes.", path, problem)
+        self._at = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        self._values_dtype = getattr(torch, spec.outputs[0].dtype)
         self._width, self._pooled = width, model.pooling != "none"
         self._cached = any(value.name == FIRST for value in spec.inputs)
-        self._shared = self._cached and spec.target == SHARED
+        self._shared = self._cached and spec.target in SHARED
         if {value.name for value in self._session.get_inputs()} | {FIRST} != {value.name for value in spec.inputs} | {FIRST}:
             raise UserError(f"{path} has other inputs than the manifest says: it is damaged. Compile the checkpoint again.")
 
     def allocate(self, spec: CacheSpec, size: CacheSize) -> list[Tensor]:
         """Reserve K and V of each layer, [blocks, KV, block_size, D]; nothing for a model without a cache."""
         layers = zip(spec.kv_heads, spec.head_dim, strict=True) if self._cached else ()
-        shapes = [(size.blocks[0], heads, spec.block_size, dim) for heads, dim in layers for _ in "kv"]
-        return [reserve(shape, cache_dtype(spec)) for shape in shapes]
+        shapes, dtype = [(size.blocks[0], heads, spec.block_size, dim) for heads, dim in layers for _ in "kv"], cache_dtype(spec)
+        if self._at.type == "cpu":
+            return [reserve(shape, dtype) for shape in shapes]
+        try:
+            return [torch.zeros(shape, dtype=dtype, device=self._at) for shape in shapes]
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self._at} has no room for the {size.bytes:,} bytes of the caches: give a smaller cache_bytes, or compile with "
+                "a smaller max_context or max_batch."
+            ) from error
 
     def check(self, caches: Sequence[Tensor], spec: CacheSpec, size: CacheSize) -> None:
         """Check nothing: only this class knows the caches."""
@@ -102,11 +144,17 @@ class OnnxDevice(Device):
         """Copy what is in use."""
         for cache in caches:
             cache[target, :, :tokens].copy_(cache[source, :, :tokens])
+        self._settle()
 
     def discard(self, caches: Sequence[Tensor]) -> None:
-        """Give the pages back to the system."""
-        for cache in caches:
+        """Give pages back to the system; a GPU's memory stays claimed."""
+        for cache in caches if self._at.type == "cpu" else ():
             discard(cache)
+
+    def _settle(self) -> None:
+        """Wait for what torch does to the caches: onnxruntime has a stream of its own."""
+        if self._at.type != "cpu":
+            torch.accelerator.synchronize(self._at)
 
     def _batches(self, feeds: Sequence[Feed]) -> list[list[_Row]]:
         """Return the runs: decodes whose blocks follow each other in one, everything else alone."""
@@ -161,7 +209,7 @@ class OnnxDevice(Device):
         if self._cached:
             kept.append(self._bind(binding, FIRST, torch.tensor([first])))
             shape[1] = count - first if first >= 0 else -first
-        logits = torch.empty(shape)
+        logits = torch.empty(shape, dtype=self._values_dtype)
         self._bind(binding, LOGITS, logits, output=True)
         blocks = slice(batch[0].block, batch[-1].block + 1)
         for i, cache in enumerate(caches):
@@ -173,17 +221,35 @@ class OnnxDevice(Device):
                 kept.append(self._bind(binding, f"{PAST}.{name}", cache[blocks, :, : batch[0].begin].contiguous()))
                 binding.bind_output(f"{PRESENT}.{name}", "cpu")
         self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
         if caches and not self._shared:
             (row,) = batch
             for cache, present in zip(caches, binding.get_outputs()[1:], strict=True):
                 cache[row.block, :, row.begin : row.end] = torch.from_numpy(present.numpy())[0, :, row.begin :]
-        return logits
+        return logits.float()
 
     def _bind(self, binding: Any, name: str, tensor: Tensor, *, output: bool = False) -> Tensor:
         """Let a tensor, which must outlive the run, be an input or an output."""
         bind = binding.bind_output if output else binding.bind_input
-        bind(name, "cpu", 0, ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+        bind(name, tensor.device.type, tensor.device.index or 0, ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
         return tensor
+
+
+def _gpu(device: str | None, onnxruntime: Any) -> tuple[int | None, str]:
+    """Return the number of the GPU to use, or why there is none. Raises UserError for a `device` that is no GPU's name."""
+    named = re.fullmatch(r"cuda(?::(\d{1,4}))?", device or "cuda")
+    if named is None:
+        raise UserError(f"device is {shown(device)}: give 'cuda', or 'cuda:N' for the N-th GPU, counted from 0.")
+    index, gpus = int(named[1] or 0), find_gpus()
+    if gpus.problem:
+        return None, gpus.problem
+    if index >= len(gpus.found):
+        return None, f"this machine has {'; '.join(map(str, gpus.found))}"
+    if not torch.version.cuda:
+        return None, "torch, which keeps the caches, is its CPU build"
+    if CUDA not in onnxruntime.get_available_providers():
+        return None, f"onnxruntime {onnxruntime.__version__} is its CPU build: install onnxruntime-gpu"
+    return index, ""
 
 
 def chunk_of(spec: ProgramSpec, limits: Limits) -> int | None:

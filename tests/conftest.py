@@ -29,7 +29,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled
     made: dict[str, Compiled] = {}
 
     def get(name: str, **options: object) -> Compiled:
-        key = f"{name}-{'-'.join(map(str, options.values()))}"
+        key = f"{name} {sorted(options.items())}"
         if key not in made:
             place = tmp_path_factory.mktemp(name)
             folder = BY_NAME[name].write(place / "checkpoint")

@@ -20,12 +20,13 @@ def genai_config(plan: Plan, fused: Fused, generation: GenerationSpec) -> dict[s
     config, ends = plan.config, list(generation.eos_token_ids)
     layers = {(layer.kv_heads, layer.head_dim) for layer in fused.cache.layers}
     ((kv_heads, head_dim),) = layers
+    providers: list[dict[str, Any]] = [] if plan.options.provider == "cpu" else [{plan.options.provider: {}}]
     model: dict[str, Any] = {
         "type": plan.contract.genai_type,
         "context_length": plan.limits.max_context,
         "vocab_size": config.vocab_size,
         "decoder": {
-            "session_options": {"log_id": "oxfuse", "provider_options": []},
+            "session_options": {"log_id": "oxfuse", "provider_options": providers},
             "filename": MODEL,
             "head_size": head_dim,
             "hidden_size": config.hidden_size,

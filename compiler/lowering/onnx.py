@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from oxfuse.compiler.fuse import Fused
 from oxfuse.passes.insert_past import FIRST, INPUTS
 from oxfuse.passes.onnx_aten import FORMS
-from oxfuse.passes.onnx_graph import CONTRIB, DTYPES, IR_VERSION, OPSET, Experts, OnnxGraph, Profile, forms
+from oxfuse.passes.onnx_graph import CONTRIB, DTYPES, IR_VERSION, IR_VERSION_E8M0, OPSET, OnnxGraph, OnnxTarget, View, forms
 
 MODEL = "model.onnx"
 IDS, MASK = INPUTS
@@ -37,9 +37,7 @@ class OnnxModel:
     tables: dict[str, torch.Tensor]
 
 
-def translate(
-    fused: Fused, profile: Profile, *, dtype: torch.dtype, max_context: int, pooled: bool, experts: Experts = "exact"
-) -> OnnxModel:
+def translate(fused: Fused, target: OnnxTarget, *, pooled: bool) -> OnnxModel:
     """Return the model; weights that it wants in another form join the table of `fused`.
 
     Inputs and outputs are called as onnxruntime-genai and Optimum call them: input_ids int64 [batch_size, sequence_length],
@@ -50,7 +48,7 @@ def translate(
     Raises InternalError for an op that has no form in ONNX.
     """
     module, cache, width = fused.step, fused.cache, fused.width
-    graph = OnnxGraph(module, fused.weights, max_context=max_context, experts=experts)
+    graph = OnnxGraph(module, fused.weights, target)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     cached = any(node.name == FIRST for node in placeholders)
     pasts = [f"past_key_values.{i}.{kv}" for i in range(len(cache.layers)) for kv in ("key", "value")] if cached else []
@@ -59,7 +57,7 @@ def translate(
     for node in module.graph.nodes:
         if node.op == "get_attr":
             graph.set(node, str(node.target))
-    graph.emit(module.graph, {**FORMS, **forms(profile)})
+    graph.emit(module.graph, {**FORMS, **forms(target.profile)})
     (results,) = module.graph.output_node().args
     found = [graph.of(node) for node in results]  # type: ignore[union-attr]
     if pooled:
@@ -71,7 +69,7 @@ def translate(
     def sizes(length: str) -> list[list[int | str]]:
         return [["batch_size", layer.kv_heads, length, layer.head_dim] for layer in cache.layers for _ in "kv"]
 
-    element, total = DTYPES[dtype], "total_sequence_length" if cached else "sequence_length"
+    element, total = DTYPES[target.dtype], "total_sequence_length" if cached else "sequence_length"
     inputs = [
         helper.make_tensor_value_info(IDS, TensorProto.INT64, ["batch_size", "sequence_length"]),
         helper.make_tensor_value_info(MASK, TensorProto.INT64, ["batch_size", total]),
@@ -88,7 +86,7 @@ def translate(
         nodes=nodes,
         inputs=inputs,
         outputs=outputs,
-        weights=tuple(sorted(graph.weights & read)),
+        weights=tuple(sorted(graph.weights & {*read, *(graph.views[name].weight for name in graph.views.keys() & read)})),
         tables={name: value for name, value in graph.computed.items() if name in read},
     )
 
@@ -96,16 +94,20 @@ def translate(
 def write_model(model: OnnxModel, path: Path, weights: Path, stored: Mapping[str, str]) -> None:
     """Write the model to `path`; its weights are the tensors `stored[name]` of the safetensors file `weights` in that folder."""
     header, begin = _read_header(weights)
+    read = {name for node in model.nodes for name in _inputs(node)}
+    whole = {name: View(weight=name, element=None, shape=None) for name in (*model.weights, *model.tables)}
     external = []
-    for name in (*model.weights, *model.tables):
-        entry = header[stored[name]]
-        tensor = TensorProto(name=name, data_type=_CODES[entry["dtype"]], dims=entry["shape"])
+    for name, view in sorted((whole | model.graph.views).items()):
+        if name not in read:
+            continue
+        entry = header[stored[view.weight]]
+        element = _CODES[entry["dtype"]] if view.element is None else view.element
+        tensor = TensorProto(name=name, data_type=element, dims=entry["shape"] if view.shape is None else view.shape)
         tensor.data_location = TensorProto.EXTERNAL
         first, last = entry["data_offsets"]
         for key, value in (("location", weights.name), ("offset", begin + first), ("length", last - first)):
             tensor.external_data.add(key=key, value=str(value))
         external.append(tensor)
-    read = {name for node in model.nodes for name in _inputs(node)}
     constants = [tensor for name, tensor in model.graph.constants.items() if name in read]
     if any(value.name == FIRST for value in model.inputs):  # an input with a value may be left out
         constants.append(helper.make_tensor(FIRST, TensorProto.INT64, [1], [0]))
@@ -113,7 +115,8 @@ def write_model(model: OnnxModel, path: Path, weights: Path, stored: Mapping[str
     domains = [helper.make_opsetid("", OPSET)]
     if any(node.domain == CONTRIB for node in model.nodes):
         domains.append(helper.make_opsetid(CONTRIB, 1))
-    proto = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="oxfuse")
+    version = IR_VERSION_E8M0 if any(tensor.data_type == TensorProto.FLOAT8E8M0 for tensor in external) else IR_VERSION
+    proto = helper.make_model(graph, opset_imports=domains, ir_version=version, producer_name="oxfuse")
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 

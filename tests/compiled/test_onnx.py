@@ -276,7 +276,7 @@ def test_heads_that_onnxruntime_does_not_take_are_refused(name: str, tmp_path: P
 
 def test_a_device_that_it_is_not_for(compiled) -> None:
     _, _, artifact = compiled("base", target="onnx")
-    with pytest.raises(UserError, match="ONNX model, which oxfuse runs on the CPU"):
+    with pytest.raises(UserError, match=r"ONNX model for the CPU, not .cuda.: for a GPU, compile with --provider cuda"):
         oxfuse.load(artifact, device="cuda")
 
 

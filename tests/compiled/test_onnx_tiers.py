@@ -1,4 +1,4 @@
-"""Experts of 8 and 4 bits: what the weights lose, what the logits lose, and that nothing else is wrong."""
+"""Experts of 8 and 4 bits, embeddings and head of 8: what weights lose, what logits lose, and that nothing else is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oxfuse.artifacts.python_corpus import read_corpus
 from oxfuse.errors import UserError
 from oxfuse.models import load_reference
 from oxfuse.models.tensor_source import dequantise
-from oxfuse.passes.fusions.moe_dispatch.quantise import (
+from oxfuse.passes.quantise import (
     ZERO,
     BlockScales,
     BlockValues,
@@ -27,6 +27,7 @@ from oxfuse.passes.fusions.moe_dispatch.quantise import (
 )
 from oxfuse.runtime.verify import verify_artifact
 
+from .. import neox
 from ..checkpoints import random_gpt_oss
 
 BUNDLED = Path(__file__).parents[2] / "artifacts" / "tiny-gpt-oss"
@@ -74,14 +75,14 @@ Tier = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def tier(tmp_path_factory: pytest.TempPathFactory) -> Tier:
-    """Return the bundled model's artifact with experts of a kind, each compiled once."""
+    """Return the bundled model's artifact with experts, or dense weights, of a kind, each compiled once."""
     made: dict[str, Path] = {}
 
-    def get(experts: str) -> Path:
-        if experts not in made:
-            place = tmp_path_factory.mktemp(experts) / "artifact"
-            made[experts] = oxfuse.compile(BUNDLED, place, target="onnx", experts=experts)
-        return made[experts]
+    def get(name: str) -> Path:
+        if name not in made:
+            options = {"dense": "int8"} if name == "dense" else {"experts": name}
+            made[name] = oxfuse.compile(BUNDLED, tmp_path_factory.mktemp(name) / "artifact", target="onnx", **options)
+        return made[name]
 
     return get
 
@@ -95,15 +96,15 @@ def held_out(model: oxfuse.runtime.CompiledModel, count: int = 4, length: int = 
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize(("experts", "kl"), [("int8", 0.02), ("int4", 0.5)])
+@pytest.mark.parametrize(("name", "kl"), [("int8", 0.02), ("int4", 0.5), ("dense", 0.02)])
 @torch.no_grad()
-def test_divergence_on_held_out_text(tier: Tier, experts: str, kl: float) -> None:
+def test_divergence_on_held_out_text(tier: Tier, name: str, kl: float) -> None:
     """In nats a token, against the float32 reference. The bar for int8 is 0.02; int4 is told, and bounded against accidents."""
-    model = oxfuse.load(tier(experts))
+    model = oxfuse.load(tier(name))
     ids = held_out(model)
     found, expected = (logits.double().log_softmax(-1) for logits in (model.logits(ids), load_reference(BUNDLED)(ids).logits))
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-    print(f"{experts}: KL {divergence:.4f} nats, same token {(found.argmax(-1) == expected.argmax(-1)).double().mean():.1%}")
+    print(f"{name}: KL {divergence:.4f} nats, same token {(found.argmax(-1) == expected.argmax(-1)).double().mean():.1%}")
     assert 1e-7 < divergence < kl
 
 
@@ -135,6 +136,40 @@ def test_dense_checkpoints(compiled, experts: str) -> None:
     result = verify_artifact(artifact)
     own = result["golden"]["own_weights"]
     assert result["ok"] and own["rms_error"] < 0.1 * own["reference_rms"], own
+
+
+@torch.no_grad()
+def test_dense_weights_of_8_bits(compiled, tmp_path: Path) -> None:
+    """Embeddings and head alone, tied or not; the report tells what the weights lost and what else."""
+    for name in ("tied", "neox"):
+        case, _, exact = compiled(name, target="onnx")
+        _, _, artifact = compiled(name, target="onnx", dense="int8")
+        golden = verify_artifact(artifact)["golden"]
+        assert golden["own_weights"]["rms_error"] < 0.02 * golden["reference_rms"]
+        assert golden["own_weights"]["rms_error"] < 0.2 * golden["rms_error"]
+        model = onnx.load(artifact / "model.onnx", load_external_data=False)
+        kinds = [node.op_type for node in model.graph.node]
+        assert (kinds.count("GatherBlockQuantized"), kinds.count("MatMulNBits")) == (1, 1)
+        assert kinds.count("Gemm") == [node.op_type for node in onnx.load(exact / "model.onnx").graph.node].count("Gemm") - 1
+        manifest = json.loads((artifact / "manifest.json").read_text())
+        assert manifest["numerics"]["dense"].startswith("int8: embeddings and head")
+        saved = (exact / "weights.safetensors").stat().st_size - (artifact / "weights.safetensors").stat().st_size
+        size = case.vocabulary * manifest["model"]["config"]["hidden_size"]
+        assert saved == pytest.approx((4 - 1 - 4 / 32) * size * (1 if name == "tied" else 2), rel=0.02)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_dense_weights_of_other_heads(task: str, tmp_path: Path) -> None:
+    folder = neox.random_gpt_neox(tmp_path / "checkpoint", task=task) if task != "feature-extraction" else BUNDLED
+    artifact = oxfuse.compile(folder, tmp_path / "artifact", target="onnx", dense="int8", task=task)
+    assert verify_artifact(artifact)["ok"]
+
+
+def test_rows_must_be_whole_blocks(tmp_path: Path) -> None:
+    folder = random_gpt_oss(tmp_path / "checkpoint", hidden_size=48)
+    with pytest.raises(UserError, match=r"dense='int8' works on blocks of 32, but .*embed.* has rows of 48"):
+        oxfuse.compile(folder, tmp_path / "artifact", target="onnx", dense="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_blocks_of_32_must_fit(tmp_path: Path) -> None:

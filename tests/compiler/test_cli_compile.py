@@ -70,6 +70,7 @@ def test_the_result_is_told(pretend: dict[str, Any], tmp_path: Path) -> None:
         experts="exact",
         activations="exact",
         dense="exact",
+        provider="cpu",
         dump_graphs=None,
     )
 

@@ -10,16 +10,18 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from torch import fx
 
 from oxfuse.errors import InternalError, UserError
-from oxfuse.passes.fusions.moe_dispatch.quantise import BLOCK, Bits, BlockScales, BlockValues, HalfPowers, Mxfp4Bytes
 from oxfuse.passes.graph import args_of, shape_of
 from oxfuse.passes.onnx_graph import CONTRIB as CONTRIB_DOMAIN
 from oxfuse.passes.onnx_graph import TO_THE_END, OnnxGraph, Value
+from oxfuse.passes.quantise import BLOCK, Bits, HalfPowers, Mxfp4Bytes, Mxfp4Columns
 
 
 def moe(to: OnnxGraph, node: fx.Node) -> Value:
     """The contrib operator. It takes the router's logits, and the rows of gate and up in turns, as the checkpoint has them."""
-    if to.experts != "exact":
+    if to.target.experts != "exact":
         return quantised_moe(to, node)
+    if to.target.provider == "cuda" and args_of(node)[4] is not None:
+        return mxfp4_moe(to, node)
     x, router, router_bias, gate_up, _, gate_up_bias, down, _, down_bias, top_k, alpha, limit = _dense(node)
     logits = to.op("Gemm", to.of(x), to.of(router), to.of(router_bias), transB=1)
     inputs = to.of(x), logits, to.of(gate_up), to.of(gate_up_bias), to.of(down), to.of(down_bias)
@@ -37,10 +39,10 @@ def quantised_moe(to: OnnxGraph, node: fx.Node) -> Value:
     hidden, inner = shape_of(x)[-1], shape_of(gate_up_bias)[1] // 2
     if hidden % BLOCK or inner % BLOCK:
         raise UserError(
-            f"experts={to.experts!r} works on blocks of {BLOCK}, but the experts have {hidden} inputs and {inner} hidden values: "
-            "leave it at exact."
+            f"experts={to.target.experts!r} works on blocks of {BLOCK}, but the experts have {hidden} inputs and {inner} hidden "
+            "values: leave it at exact."
         )
-    bits: Bits = 8 if to.experts == "int8" else 4
+    bits: Bits = 8 if to.target.experts == "int8" else 4
     logits = to.op("Gemm", to.of(x), to.of(router), to.of(router_bias), transB=1)
     first, second = (_quantised(to, *bank, bits) for bank in ((gate_up, gate_up_scales), (down, down_scales)))
     return to.op(
@@ -58,8 +60,32 @@ def _quantised(to: OnnxGraph, weight: fx.Node, scales: fx.Node | None, bits: Bit
     """Return the names of numbers and scales of a bank [E, out, in]: of MXFP4 as it is where it fits, else quantised."""
     if scales is not None:
         return to.derived(weight, "int8", Mxfp4Bytes(), torch.uint8), to.derived(scales, "float", HalfPowers(), torch.float32)
-    values = to.derived(weight, f"int{bits}", BlockValues(bits), torch.uint8)
-    return values, to.derived(weight, f"int{bits}_scales", BlockScales(bits), torch.float32)
+    return to.quantised(weight, bits)
+
+
+def mxfp4_moe(to: OnnxGraph, node: fx.Node) -> Value:
+    """The contrib operator for MXFP4 as it is, which GPUs alone have. Its scale of a whole expert is 1."""
+    x, router, router_bias, gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias, top_k, alpha, limit = args_of(
+        node
+    )
+    logits = to.op("Gemm", to.of(x), to.of(router), to.of(router_bias), transB=1)
+    first, second = (
+        (
+            to.derived(weight, "columns", Mxfp4Columns(), torch.uint8),
+            to.viewed(str(scales.target), "e8m0", element=TensorProto.FLOAT8E8M0),
+        )
+        for weight, scales in ((gate_up, gate_up_scales), (down, down_scales))
+    )
+    ones = to.constant(np.ones(shape_of(gate_up)[0]), np.float32)
+    return to.op(
+        "QMoE",
+        *(to.of(x), logits, *first, to.of(gate_up_bias), *second, to.of(down_bias), *[""] * 7, ones, ones),
+        domain=CONTRIB_DOMAIN,
+        quant_type="fp4",
+        expert_weight_bits=4,
+        block_size=BLOCK,
+        **_attributes(top_k, alpha, limit),
+    )
 
 
 def _attributes(top_k: int, alpha: float, limit: float) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import operator
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import TensorProto
 from torch import fx
 
 from oxfuse.errors import UserError
 from oxfuse.passes.fusions.rotary_embedding.onnx import angle_tables
-from oxfuse.passes.graph import OXFUSE, args_of, is_op, shape_of
+from oxfuse.passes.graph import OXFUSE, args_of, dtype_of, is_op, shape_of
 from oxfuse.passes.onnx_graph import CONTRIB as CONTRIB_DOMAIN
 from oxfuse.passes.onnx_graph import TO_THE_END, OnnxGraph, Value
 
@@ -44,21 +45,26 @@ def tokens_from(to: OnnxGraph, node: fx.Node) -> Value:
 
 
 def attention(to: OnnxGraph, node: fx.Node) -> Value:
-    """Standard operators: softmax over the masked products and the sink, which is dropped after it."""
+    """Standard operators: softmax over the masked products and the sink, which is dropped after it. All of it in float32."""
     q, k, v, sink, past_k, past_v, mask, window, scale = args_of(node)
+    dtype = dtype_of(q)
+
+    def wide(x: fx.Node) -> str:
+        return to.cast(to.of(x), dtype, torch.float32)
+
     (heads, dim), kv_heads = shape_of(q)[2:], shape_of(k)[2]
     present = []
     for new, past in ((k, past_k), (v, past_v)):
-        first = to.op("Transpose", to.of(new), perm=[0, 2, 1, 3])
-        present.append(first if past is None else to.op("Concat", to.of(past), first, axis=2))
+        first = to.op("Transpose", wide(new), perm=[0, 2, 1, 3])
+        present.append(first if past is None else to.op("Concat", wide(past), first, axis=2))
     keys, values = present
-    query = to.reshaped(to.op("Transpose", to.of(q), perm=[0, 2, 1, 3]), [0, kv_heads, -1, dim])  # [B, KV, G * S, D]
+    query = to.reshaped(to.op("Transpose", wide(q), perm=[0, 2, 1, 3]), [0, kv_heads, -1, dim])  # [B, KV, G * S, D]
     query = to.op("Mul", query, to.constant(scale, np.float32))
     scores = to.op("MatMul", query, to.op("Transpose", keys, perm=[0, 1, 3, 2]))
     length, new_length = to.size(to.of(mask), 1), to.size(to.of(q), 1)
     scores = to.op("Add", to.reshaped(scores, [0, heads, new_length, length]), _bias(to, mask, q, window))
     if sink is not None:
-        column = to.reshaped(to.of(sink), [1, heads, 1, 1])
+        column = to.reshaped(wide(sink), [1, heads, 1, 1])
         column = to.op("Expand", column, to.shape([to.size(to.of(q), 0), 1, new_length, 1]))
         scores = to.op("Concat", scores, column, axis=3)
     weights = to.op("Softmax", scores, axis=3)
@@ -66,6 +72,7 @@ def attention(to: OnnxGraph, node: fx.Node) -> Value:
         weights = to.op("Slice", weights, to.ints(0), to.ints(-1), to.ints(3))
     out = to.op("MatMul", to.op("Reshape", weights, to.shape([0, kv_heads, -1, length])), values)  # [B, KV, G * S, D]
     out = to.op("Transpose", to.reshaped(out, [0, heads, new_length, dim]), perm=[0, 2, 1, 3])
+    out, keys, values = (to.cast(x, torch.float32, dtype) for x in (out, keys, values))
     return out, keys, values
 
 

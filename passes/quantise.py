@@ -1,4 +1,4 @@
-"""Experts as whole numbers with a scale for each block of 32 along the input, as ONNX Runtime's QMoE takes them.
+"""Weights as whole numbers with a scale for each block of 32 along the input, and MXFP4, as ONNX Runtime takes them.
 
 MXFP4 goes into 8 bits without loss: twice an e2m1 value is a whole number of at most 12, and half a power of two is its scale.
 All else loses: 8 bits about 0.4 % of a weight, 4 bits 7 to 8 %.
@@ -40,6 +40,26 @@ class Mxfp4Bytes:
             [*(128 + value for value in _TWICE_E2M1), *(128 - value for value in _TWICE_E2M1)], dtype=torch.uint8
         )
         return table[torch.stack([blocks & 15, blocks >> 4], -1).int()].flatten(-3)
+
+
+@dataclass(frozen=True)
+class Mxfp4Columns:
+    """MXFP4 blocks uint8 [..., N, K / 32, 16] to the same values input by input, two outputs in a byte: uint8 [..., K, N / 2].
+
+    The lower half of a byte is the output with the even number. N must be even. That is the layout of onnxruntime's
+    `pack_fp4_weights_for_cuda_moe_gemm`, which QMoE's `quant_type` fp4 wants.
+    """
+
+    label: str = "mxfp4 by columns"
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return [..., K, N / 2]."""
+        return (*shape[:-3], 2 * shape[-2] * shape[-1], shape[-3] // 2)
+
+    def apply(self, blocks: Tensor) -> Tensor:
+        """Return the bytes."""
+        columns = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-3).transpose(-2, -1)  # [..., K, N]
+        return columns[..., 0::2] | columns[..., 1::2] << 4
 
 
 @dataclass(frozen=True)
