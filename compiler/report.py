@@ -61,7 +61,8 @@ class Parity:
     `top1` is that share, 0 to 1; the largest is the best token or label, and with other heads nothing, so `report.md` leaves it
     out. `reference_rms` and `reference_max` are those of the oracle's values, `kl` the mean divergence of a language model's next
     token from the oracle's, in nats. `own_rms` and `own_max` are errors against the oracle with the artifact's own weights, where
-    those lost something. All are None where the artifact could not run, and then `reason` says why.
+    those lost something. All are None where the artifact could not run, and then `reason` says why. `note` is a sentence on how
+    it was measured.
     """
 
     rows: int
@@ -73,6 +74,7 @@ class Parity:
     kl: float | None = None
     own_rms: float | None = None
     own_max: float | None = None
+    note: str | None = None
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -197,6 +199,8 @@ def _accuracy(report: Report) -> Iterable[str]:
             f"Against the reference with the artifact's own weights, as they were rounded: RMS {parity.own_rms:.3g} "
             f"({_share(parity.own_rms, parity.reference_rms)}), largest {parity.own_max:.3g}."
         )
+    if parity.note is not None:
+        yield parity.note
     if best:
         yield f"The best {best} is the same in {parity.top1:.1%} of the rows."
     if parity.kl is not None:

@@ -115,7 +115,7 @@ def entry_of(weight: Weight, source: RowReader) -> WeightEntry:
 
 def _keeps_rows(effect: Callable[[tuple[int, ...]], tuple[int, ...]], shape: tuple[int, ...]) -> bool:
     after = effect(shape)
-    return len(after) == len(shape) and all(effect((n, *shape[1:])) == (n, *after[1:]) for n in (shape[0], shape[0] + 1))
+    return all(effect((n, *shape[1:])) == (n, *after[1:]) for n in (shape[0], shape[0] + 1))
 
 
 def write_weights(path: Path, entries: Mapping[str, WeightEntry], progress: Callable[[int], None] | None = None) -> WeightFile:

@@ -1,8 +1,9 @@
 """Measures ONNX packages at the 20b layer shape: ours beside that of onnxruntime-genai's own builder, and transformers.
 
 In: an interpreter with onnxruntime-genai, torch and transformers, in an environment of its own. A random MXFP4 checkpoint is
-made, compiled for each tier, and given to the builder; all packages run in onnxruntime-genai, turn by turn in one run. Out: JSON
-and Markdown with medians, ratios, and the peak memory of making each package.
+made, compiled for each tier, and given to the builder; all packages run in onnxruntime-genai, turn by turn in one run, ours in
+oxfuse's runtime as well. The builder's runs twice: as built, and told to use all cores, as ours are. Out: JSON and Markdown with
+medians, floors, ratios, and the peak memory of making each package.
 
     python -m oxfuse.compiler.bench.onnx_peers --genai VENV/bin/python --json onnx.json --markdown onnx.md
 """
@@ -24,21 +25,35 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from oxfuse.compiler.bench.cost import cost_of
 from oxfuse.compiler.bench.memory import measure_bare_torch, measure_compile
 from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
 from oxfuse.compiler.bench.random_checkpoint import write_checkpoint
-from oxfuse.compiler.bench.speed import Worker, machine_facts, take_quietly
+from oxfuse.compiler.bench.speed import Worker, best_implementation, machine_facts, take_quietly
+from oxfuse.compiler.lowering.genai import CONFIG
 from oxfuse.compiler.process_memory import MemoryWatch
 from oxfuse.errors import UserError
 from oxfuse.runtime.machine import processors
+from oxfuse.runtime.manifest import read_manifest
 from oxfuse.runtime.units import size_text
 
 TIERS = ("int4", "int8")
-BUILDER, TRANSFORMERS = "builder int4", "transformers bf16"
-BARS = {("int4", "decode", BUILDER): 1.5, ("int8", "decode", BUILDER): 1.0, ("int4", "prefill", TRANSFORMERS): 1.0}
-"""How many times as fast as a peer a tier must be."""
+BUILDER, ALL_CORES, TRANSFORMERS = "builder int4", "builder int4, all cores", "transformers bf16"
+OWN = "int4 in oxfuse"
+BARS: dict[tuple[str, str, str], float | None] = {
+    ("int4", "decode", BUILDER): 1.5,
+    ("int8", "decode", BUILDER): 1.0,
+    ("int4", "decode", ALL_CORES): None,
+    ("int8", "decode", ALL_CORES): None,
+    ("int4", "prefill", TRANSFORMERS): 1.0,
+    ("int8", "prefill", TRANSFORMERS): 1.0,
+}
+"""How many times as fast as a peer a tier must be; None where it is told, and no bar."""
+BLOCK_BYTES = 0.5 + 4 / 32
+"""A weight of the builder's: 4 bits, and a share of a float32 scale."""
 EXPORT_LIMIT = 2_000_000_000
 BUILD = "onnxruntime_genai.models.builder"
+PHASES = ("decode", "prefill")
 
 
 @dataclass(kw_only=True)
@@ -53,10 +68,11 @@ class Package:
 
 @dataclass(kw_only=True)
 class Figure:
-    """Samples of one engine in one phase, in seconds a token."""
+    """Samples of one engine in one phase, in seconds a token, and the least that it could take."""
 
     engine: str
     phase: str
+    floor: float
     implementation: str = ""
     samples: list[float] = field(default_factory=list)
     disturbed: int = 0
@@ -99,18 +115,18 @@ class Result:
             f"{'; '.join(sorted(set(self.engines.values())))}. Read bandwidth {self.bandwidth / 1e9:.1f} GB/s, matmul peak "
             f"{self.peak / 1e9:.0f} GFLOP/s. Medians of {options['rounds']} interleaved turns.",
             "",
-            f"| engine | decode at {options['context']} (ms) | prefill of {options['prompt']} (tokens/s) |",
-            "|---|---:|---:|",
+            f"| engine | decode at {options['context']} (ms) | floor | prefill of {options['prompt']} (tokens/s) | floor |",
+            "|---|---:|---:|---:|---:|",
         ]
         for engine in self.engines:
-            found = {figure.phase: figure.seconds for figure in self.figures if figure.engine == engine}
-            decode = f"{1e3 * found['decode']:.1f}" if "decode" in found else "/"
-            prefill = f"{1 / found['prefill']:.0f}" if "prefill" in found else "/"
-            lines.append(f"| {engine} | {decode} | {prefill} |")
-        lines += ["", "| bar | wanted | found |", "|---|---:|---:|"]
+            decode, prefill = (next(f for f in self.figures if (f.engine, f.phase) == (engine, p)) for p in ("decode", "prefill"))
+            times = f"{1e3 * decode.seconds:.1f} | {1e3 * decode.floor:.1f} | {1 / prefill.seconds:.0f} | {1 / prefill.floor:.0f}"
+            lines.append(f"| {engine} | {times} |")
+        lines += ["", "Floors: bytes read over the bandwidth; operations over the peak.", ""]
+        lines += ["| bar | wanted | found |", "|---|---:|---:|"]
         for (tier, phase, peer), bar in BARS.items():
-            ratio = self.ratio(tier, phase, peer)
-            lines.append(f"| {tier}: {phase} over {peer} | {bar}× | {'/' if ratio is None else f'{ratio:.2f}×'} |")
+            ratio, wanted = self.ratio(tier, phase, peer), "told" if bar is None else f"{bar}×"
+            lines.append(f"| {tier}: {phase} over {peer} | {wanted} | {'/' if ratio is None else f'{ratio:.2f}×'} |")
         lines += ["", "| package | made in (s) | peak memory over torch | size |", "|---|---:|---:|---:|"]
         lines += [f"| {p.name} | {p.seconds:.0f} | {size_text(p.memory)} | {size_text(p.bytes)} |" for p in self.packages]
         lines += ["", f"The bar for the memory of making ours is {size_text(EXPORT_LIMIT)}."]
@@ -160,7 +176,7 @@ def make_packages(
     with MemoryWatch(root=process.pid) as watch:
         _, errors = process.communicate()
     if process.returncode == 0:
-        packages[BUILDER] = place
+        packages |= {BUILDER: place, ALL_CORES: _with_all_cores(place, work / "builder-all-cores")}
         seconds = time.perf_counter() - began
         made.append(Package(name=BUILDER, seconds=seconds, memory=watch.peak.unavoidable - bare, bytes=_bytes(place)))
     else:
@@ -168,29 +184,54 @@ def make_packages(
     return checkpoint, packages, made
 
 
+def _with_all_cores(built: Path, place: Path) -> Path:
+    """Return a folder with links to a package's files, but for a configuration that lets onnxruntime count the cores."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for file in built.iterdir():
+        (place / file.name).symlink_to(file)
+    config = json.loads((built / CONFIG).read_text("utf-8"))
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 0
+    (place / CONFIG).unlink()
+    (place / CONFIG).write_text(json.dumps(config), "utf-8")
+    return place
+
+
+def _floors(artifacts: dict[str, Path], options: dict[str, Any], bandwidth: float, peak: float) -> dict[tuple[str, str], float]:
+    """Return the least seconds a token by engine and phase; artifacts are those of our tiers."""
+    costs = {tier: cost_of(read_manifest(artifacts[tier])) for tier in TIERS}
+    cost, context = costs["int4"], options["context"]
+    numbers = cost.dense + cost.head + cost.share * cost.experts
+    read = {tier: own.decode_bytes(context) for tier, own in costs.items()}
+    read |= {OWN: read["int4"], TRANSFORMERS: cost.decode_bytes(context, bfloat16=True)}
+    read |= dict.fromkeys((BUILDER, ALL_CORES), BLOCK_BYTES * numbers)
+    prefill = cost.prefill_operations(options["prompt"]) / options["prompt"] / peak
+    return {(name, phase): size / bandwidth if phase == "decode" else prefill for name, size in read.items() for phase in PHASES}
+
+
 def measure(checkpoint: Path, packages: dict[str, Path], made: list[Package], genai: Path, options: dict[str, Any]) -> Result:
     """Run all engines turn by turn."""
     threads, missing = options["threads"], dict[str, str]()
+    bandwidth, peak = read_bandwidth(threads), matmul_peak(threads)
+    floors = _floors(packages, options, bandwidth, peak)
     with contextlib.ExitStack() as stack:
         workers = dict[str, Worker]()
         script = [str(genai), str(Path(__file__).with_name("genai_worker.py"))]
-        for name, folder in {**packages, TRANSFORMERS: checkpoint}.items():
+        for name, folder in {**packages, OWN: packages["int4"], TRANSFORMERS: checkpoint}.items():
+            engine = {OWN: "oxfuse", TRANSFORMERS: "transformers"}.get(name, "genai")
             try:
-                if name == TRANSFORMERS:
-                    workers[name] = Worker("transformers", folder, threads)
-                else:
-                    workers[name] = Worker("genai", folder, threads, program=script)
+                workers[name] = Worker(engine, folder, threads, program=script if engine == "genai" else None)
                 stack.callback(workers[name].close)
             except UserError as error:
                 missing[name] = str(error)
-        figures = [Figure(engine=name, phase=phase) for phase in ("decode", "prefill") for name in workers]
-        for phase in ("decode", "prefill"):
+        figures = [Figure(engine=name, phase=phase, floor=floors[name, phase]) for phase in PHASES for name in workers]
+        for phase in PHASES:
             turns = [(workers[figure.engine], figure) for figure in figures if figure.phase == phase]
             load = ForeignLoad(patience=30.0, processes=(os.getpid(), *(worker.process.pid for worker in workers.values())))
             for worker, figure in turns:
                 if worker.implementations:
-                    figure.implementation = "grouped_mm"
-                    worker.ask(do="choose", implementation="grouped_mm")
+                    figure.implementation = best_implementation(worker, phase, options["prompt"])
+                    worker.ask(do="choose", implementation=figure.implementation)
                 worker.ask(do="context", tokens=options["context"])
                 if phase == "prefill":
                     worker.ask(do="prefill", tokens=options["prompt"])
@@ -210,8 +251,8 @@ def measure(checkpoint: Path, packages: dict[str, Path], made: list[Package], ge
     return Result(
         machine=machine_facts(),
         options=options,
-        bandwidth=read_bandwidth(threads),
-        peak=matmul_peak(threads),
+        bandwidth=bandwidth,
+        peak=peak,
         packages=made,
         engines=engines,
         missing=missing,

@@ -254,7 +254,7 @@ def measure_speed(artifact: Path, plan: Plan, *, checkpoint: Path | None = None,
                     least = cost.decode_bytes(size, bfloat16=worker.engine == PEER) / bandwidth
                 else:
                     least = cost.prefill_operations(size) / size / peak
-                best = _best_implementation(worker, phase, size)
+                best = best_implementation(worker, phase, size)
                 turns.append((worker, Figure(engine=worker.engine, phase=phase, size=size, implementation=best, floor=least)))
             for worker, figure in turns:
                 if figure.implementation:
@@ -285,7 +285,7 @@ def measure_speed(artifact: Path, plan: Plan, *, checkpoint: Path | None = None,
     )
 
 
-def _best_implementation(worker: Worker, phase: str, size: int) -> str:
+def best_implementation(worker: Worker, phase: str, size: int) -> str:
     """Try the engine's implementations and return the fastest one's name; "" where it has but one."""
     seconds = {}
     for implementation in worker.implementations:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import oxfuse
 from oxfuse.artifacts.python_corpus import read_corpus
+from oxfuse.compiler import measure
 from oxfuse.errors import UserError
 from oxfuse.models import load_reference
 from oxfuse.models.tensor_source import dequantise
@@ -170,6 +171,15 @@ def test_rows_must_be_whole_blocks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dense='int8' works on blocks of 32, but .*embed.* has rows of 48"):
         oxfuse.compile(folder, tmp_path / "artifact", target="onnx", dense="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_large_weights_are_measured_without_copies(tier: Tier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the report says what that leaves out."""
+    monkeypatch.setattr(measure, "COPIED", 1000)
+    artifact = oxfuse.compile(BUNDLED, tmp_path / "artifact", target="onnx", experts="int8")
+    rounded, exact = (json.loads((place / "report.json").read_text())["parity"] for place in (tier("int8"), artifact))
+    assert exact["rms"] < 0.1 * rounded["rms"] and exact["note"] == measure.NOT_ROUNDED and rounded["note"] is None
+    assert measure.NOT_ROUNDED in (artifact / "report.md").read_text()
 
 
 def test_blocks_of_32_must_fit(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ REPORT = Report(
 def test_both_files(tmp_path: Path) -> None:
     write_report(tmp_path, REPORT)
     told = json.loads((tmp_path / "report.json").read_text())
-    assert told["parity"] == {**PARITY, "reason": None, "kl": None, "own_rms": None, "own_max": None}
+    assert told["parity"] == {**PARITY, "reason": None, "kl": None, "own_rms": None, "own_max": None, "note": None}
     assert told["seconds"] == REPORT.seconds
     assert told["passes"][0]["max_error"] is None
     assert (tmp_path / "report.md").read_text() == REPORT.to_markdown()

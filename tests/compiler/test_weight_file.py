@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from oxfuse.compiler import weight_file
 from oxfuse.compiler.weight_file import ALIGNMENT, WeightEntry, entry_of, write_weights
 from oxfuse.errors import InternalError, UserError
-from oxfuse.passes.weights import Cast, SwapRowsAndColumns, Weight
+from oxfuse.passes.quantise import Mxfp4Bytes, Mxfp4Columns
+from oxfuse.passes.weights import Cast, SwapRowsAndColumns, Transform, Weight
 
 
 def entry(tensor: torch.Tensor, chunks: Callable[[], Iterable[torch.Tensor]] | None = None) -> WeightEntry:
@@ -181,6 +182,15 @@ def test_entry_of_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.cat(list(made.chunks())).equal(stored.tensor.transpose(1, 2).to(torch.bfloat16))
     assert stored.heights == [2, 2, 1]
     assert (made.shape, made.dtype, made.layout) == ((5, 7, 5), torch.bfloat16, ("swap rows and columns", "cast bfloat16"))
+
+
+@pytest.mark.parametrize("step", [Mxfp4Bytes(), Mxfp4Columns()], ids=lambda step: step.label)
+def test_experts_whose_rank_changes_go_one_by_one(step: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_file, "PIECE", 1)
+    stored = Stored(torch.randint(0, 256, (5, 6, 2, 16), dtype=torch.uint8))
+    whole = step.apply(stored.tensor)
+    made = entry_of(Weight(shape=tuple(whole.shape), dtype=torch.uint8, source="s", part="blocks", transforms=(step,)), stored)
+    assert torch.equal(torch.cat([*made.chunks()]), whole) and stored.heights == [1] * 5
 
 
 def test_entry_of_reads_at_once_what_rows_cannot_make(monkeypatch: pytest.MonkeyPatch) -> None:
