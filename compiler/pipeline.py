@@ -6,13 +6,15 @@ oracle, write manifest and report, measure the result. Everything happens in a f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from oxfuse.compiler.describe import describe_artifact, generation_of, report_of
 from oxfuse.compiler.export import export_reference
 from oxfuse.compiler.fuse import Fused, fuse
 from oxfuse.compiler.golden import GOLDEN, write_golden
+from oxfuse.compiler.live import check_module, open_module
 from oxfuse.compiler.measure import measure
 from oxfuse.compiler.options import CompileOptions
 from oxfuse.compiler.phases import Phases, Progress, silent
@@ -46,6 +49,13 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 
 
+class Tokenizer(Protocol):
+    """A tokenizer that lives in memory, such as transformers'."""
+
+    def save_pretrained(self, folder: str) -> object:
+        """Write its files into a folder."""
+
+
 def compile(
     source: str | Path | nn.Module,
     output: str | Path,
@@ -55,7 +65,7 @@ def compile(
     task: str | None = None,
     max_context: int | None = None,
     max_batch: int = 8,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     force: bool = False,
     dump_graphs: str | Path | None = None,
     progress: Progress = silent,
@@ -63,12 +73,14 @@ def compile(
 ) -> Path:
     """Compile a checkpoint into an artifact and return the artifact's folder.
 
-    source: a folder or a hub id `org/name[@revision]`. output: the artifact's place; it may exist when empty, or with `force`.
-    target: "cpu", or GPU archs as "cuda:sm_90" or "cuda:sm_80,sm_90", whether or not this machine has one. dtype: "float32",
-    "bfloat16", "float16" (cuda alone) or "auto" (the checkpoint's own; float16 becomes bfloat16 on a CPU) of activations, cache
-    and unquantised weights. task: inferred from the checkpoint's architecture. max_context: longest sequence in tokens, the
-    model's own by default. max_batch: most sequences in one step. tokenizer: a folder with tokenizer files, the source's by
-    default. dump_graphs: a folder for the graph after every pass. policy: see `CompileOptions`.
+    source: a folder, a hub id `org/name[@revision]`, or a module in memory, oxfuse's own or transformers', whose forward must
+    agree with the reference. output: the artifact's place; it may exist when empty, or with `force`. target: "cpu", or GPU archs
+    as "cuda:sm_90" or "cuda:sm_80,sm_90", whether or not this machine has one, "onnx" or "onnx-portable". dtype: "float32",
+    "bfloat16", "float16" (GPUs alone) or "auto" (the checkpoint's own, or the nearest that the target computes in) of
+    activations, cache and unquantised weights. task: inferred from the checkpoint's architecture. max_context: longest sequence
+    in tokens, the model's own by default. max_batch: most sequences in one step. tokenizer: a folder with tokenizer files, the
+    source's by default, or an object that writes them with `save_pretrained(folder)`. dump_graphs: a folder for the graph after
+    every pass. policy: see `CompileOptions`.
 
     Raises UserError for anything the caller can put right; then nothing is left behind.
     """
@@ -76,16 +88,31 @@ def compile(
         raise UserError(f"unknown option {', '.join(unknown)}; policies: experts, activations, dense, cpu_isa, provider.")
     options = CompileOptions(target=target, dtype=dtype, task=task, max_context=max_context, max_batch=max_batch, **policy)
     phases = Phases(progress=progress)
-    with phases("read checkpoint"):
-        checkpoint, fingerprint = open_source(source)
-        plan = make_plan(checkpoint, options, fingerprint, tokenizer)
-    writer = ArtifactWriter(Path(output), force=force, checkpoint=checkpoint.folder, expected_bytes=plan.expected_bytes())
-    with writer as folder:
-        dumps = _dumps(dump_graphs, Path(output), checkpoint.folder) if dump_graphs is not None else None
-        with MemoryWatch() as watch:
-            manifest, built, parity = _build(plan, folder, phases, dumps)
-        write_report(folder, report_of(manifest, folder, built, phases.seconds, parity, watch))
+    module = source if isinstance(source, nn.Module) else None
+    with _folder_of(tokenizer) as texts:
+        with phases("read checkpoint"):
+            checkpoint, fingerprint = open_module(source) if isinstance(source, nn.Module) else open_source(source)
+            plan = make_plan(checkpoint, options, fingerprint, texts)
+        writer = ArtifactWriter(Path(output), force=force, checkpoint=checkpoint.folder, expected_bytes=plan.expected_bytes())
+        with writer as folder:
+            dumps = _dumps(dump_graphs, Path(output), checkpoint.folder) if dump_graphs is not None else None
+            with MemoryWatch() as watch:
+                manifest, built, parity = _build(plan, folder, phases, dumps, module)
+            write_report(folder, report_of(manifest, folder, built, phases.seconds, parity, watch))
     return writer.output
+
+
+@contextlib.contextmanager
+def _folder_of(tokenizer: str | Path | Tokenizer | None) -> Iterator[str | Path | None]:
+    """Yield the folder of a tokenizer; of one that lives, a temporary one."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        yield tokenizer
+        return
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise UserError(f"The tokenizer is a {type(tokenizer).__name__}: give its folder, or one that has save_pretrained.")
+    with tempfile.TemporaryDirectory(prefix="oxfuse-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        yield folder
 
 
 def _dumps(folder: str | Path, output: Path, checkpoint: Path | None) -> GraphDumps:
@@ -97,8 +124,13 @@ def _dumps(folder: str | Path, output: Path, checkpoint: Path | None) -> GraphDu
     return GraphDumps(place)
 
 
-def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -> tuple[Manifest, BuiltPrograms, Parity]:
-    """Fill the artifact's folder but for the report; return the manifest, the programs and the error."""
+def _build(
+    plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None, module: nn.Module | None
+) -> tuple[Manifest, BuiltPrograms, Parity]:
+    """Fill the artifact's folder but for the report; return the manifest, the programs and the error.
+
+    `module`: what the checkpoint was taken from, if it lives.
+    """
     fused, built = build_programs(plan, lambda: _fuse(plan, dumps), folder / "programs", phases, dumps)
     constants = {name: fused.stored_name(name) for name in built.constants}
     with phases("write weights") as report:
@@ -106,7 +138,7 @@ def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -
     if built.onnx is not None:
         _finish_onnx(plan, fused, built.onnx, constants, folder)
     with phases("run oracle"):
-        write_golden(
+        golden = write_golden(
             folder / GOLDEN,
             contract=plan.contract,
             config=plan.config,
@@ -115,6 +147,9 @@ def _build(plan: Plan, folder: Path, phases: Phases, dumps: GraphDumps | None) -
             max_context=plan.limits.max_context,
             own=_own_weights(plan, fused),
         )
+    if module is not None:
+        with phases("run the module"):
+            check_module(module, plan, golden)
     for path in plan.tokenizer_files:
         if path.name == "tokenizer.json" and plan.tokenizer_json is not None:
             (folder / path.name).write_text(plan.tokenizer_json, "utf-8")

@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import nn
-
 from oxfuse.compiler.hub import fetch
 from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint
@@ -22,17 +20,12 @@ LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 
 
-def open_source(source: str | Path | nn.Module) -> tuple[Checkpoint, dict[str, str]]:
+def open_source(source: str | Path) -> tuple[Checkpoint, dict[str, str]]:
     """Open the checkpoint at `source`, a folder or a hub id `org/name` or `org/name@revision`; return it with its fingerprint.
 
     A hub repository is fetched into the hub's cache: only the files that the model needs, at one commit. Raises UserError if
     there is no such folder or repository, it cannot be reached, or it is no checkpoint.
     """
-    if isinstance(source, nn.Module):
-        raise UserError(
-            f"{type(source).__name__} is a live module, which this version cannot compile. "
-            "Save it with its save_pretrained(folder) and compile the folder."
-        )
     if not isinstance(source, str | Path):
         raise UserError(f"The source is {type(source).__name__} {source!r:.60}; expected a folder or a hub id such as org/name.")
     folder = Path(source).expanduser()

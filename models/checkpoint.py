@@ -65,13 +65,19 @@ class Checkpoint:
         )
 
     @classmethod
-    def of_tensors(cls, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    def of_tensors(
+        cls,
+        config: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        generation_config: dict[str, Any] | None = None,
+    ) -> Checkpoint:
         """Return the checkpoint of a live module: its configuration's dict and its state dict."""
         sources = {
             name: MemoryTensor(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, tensor=tensor)
             for name, tensor in tensors.items()
         }
-        return cls(config=config, tensors=sources)
+        return cls(config=config, tensors=sources, generation_config=generation_config or {})
 
     def contract(self) -> ModelContract:
         """Return the contract of the checkpoint's model. Raises UserError if `model_type` is unknown."""

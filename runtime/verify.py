@@ -91,22 +91,23 @@ def compare_golden(model: CompiledModel, path: Path, on_step: Callable[[], objec
     return GoldenError(
         tokens=len(tokens),
         rows=len(rows),
-        own_weights=None if own is None else RowsError(**_rows_error(found, own)),
-        **_rows_error(found, expected),
+        own_weights=None if own is None else rows_error(found, own),
+        **asdict(rows_error(found, expected)),
     )
 
 
-def _rows_error(found: Tensor, expected: Tensor) -> dict[str, float]:
+def rows_error(found: Tensor, expected: Tensor) -> RowsError:
+    """Return the error of values [R, W] against those of the reference."""
     found, expected = found.double(), expected.double()
     difference, mine, theirs = found - expected, found.log_softmax(-1), expected.log_softmax(-1)
-    return {
-        "rms_error": float(difference.square().mean().sqrt()),
-        "max_error": float(difference.abs().max()),
-        "reference_rms": float(expected.square().mean().sqrt()),
-        "reference_max": float(expected.abs().max()),
-        "top1_agreement": float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
-        "kl": float((theirs.exp() * (theirs - mine)).sum(-1).mean()),
-    }
+    return RowsError(
+        rms_error=float(difference.square().mean().sqrt()),
+        max_error=float(difference.abs().max()),
+        reference_rms=float(expected.square().mean().sqrt()),
+        reference_max=float(expected.abs().max()),
+        top1_agreement=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
+        kl=float((theirs.exp() * (theirs - mine)).sum(-1).mean()),
+    )
 
 
 def is_lossy(manifest: Manifest) -> bool:
