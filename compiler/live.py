@@ -91,13 +91,13 @@ def check_module(module: nn.Module, plan: Plan, golden: Mapping[str, Tensor]) ->
 @torch.no_grad()
 def _values(module: nn.Module, task: str, token_ids: Tensor) -> Tensor:
     """Return the module's values for one sequence, float32 on the CPU: a row a token, one row for a model that pools."""
-    training = module.training
-    device = next(module.parameters()).device
+    training, device = [part for part in module.modules() if part.training], next(module.parameters()).device
     module.eval()
     try:
         out: Any = module(input_ids=token_ids[None].to(device))
     finally:
-        module.train(training)
+        for part in training:  # some parts may have been frozen by their owner
+            part.training = True
     if task == "question-answering":
         values = torch.stack([out.start_logits, out.end_logits], -1)
     elif task == "feature-extraction":

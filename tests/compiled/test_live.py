@@ -32,13 +32,15 @@ def weights_of(artifact: Path) -> Any:
 def test_transformers_module(compiled, name: str, target: str, tmp_path: Path) -> None:
     case, folder, artifact = compiled(name, target=target)
     theirs = case.transformers(folder, tmp_path).train()
+    next(theirs.children()).eval()  # a frozen body
     before = {key: value.clone() for key, value in theirs.state_dict().items()}
     made = oxfuse.compile(theirs, tmp_path / "made", target=target)
     assert weights_of(made) == weights_of(artifact)
     assert torch.equal(oxfuse.load(made).logits(random_ids(case, 2, 50)), oxfuse.load(artifact).logits(random_ids(case, 2, 50)))
     source = json.loads((made / "manifest.json").read_text())["source"]
     assert (source["kind"], source["name"]) == ("module", type(theirs).__name__) and len(source["config_sha256"]) == 64
-    assert theirs.training and all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
+    assert theirs.training and not any(part.training for part in next(theirs.children()).modules())
+    assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize(
