@@ -14,10 +14,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from oxfuse import errors, models
     from oxfuse.compiler import compile
+    from oxfuse.compiler.explain import Explanation, explain
     from oxfuse.runtime import Chunk, CompiledModel, Generation, Session, load
 
 _HOMES = {
     "compile": "oxfuse.compiler",
+    "explain": "oxfuse.compiler.explain",
+    "Explanation": "oxfuse.compiler.explain",
     "load": "oxfuse.runtime",
     "CompiledModel": "oxfuse.runtime",
     "Session": "oxfuse.runtime",
@@ -26,7 +29,19 @@ _HOMES = {
 }
 _MODULES = ("errors", "models", "compiler", "passes", "runtime")
 
-__all__ = ["Chunk", "CompiledModel", "Generation", "Session", "__version__", "compile", "errors", "load", "models"]
+__all__ = [
+    "Chunk",
+    "CompiledModel",
+    "Explanation",
+    "Generation",
+    "Session",
+    "__version__",
+    "compile",
+    "errors",
+    "explain",
+    "load",
+    "models",
+]
 
 
 def __getattr__(name: str) -> Any:

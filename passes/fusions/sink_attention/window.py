@@ -16,7 +16,8 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
     """Return the sliding window of a causal mask, in tokens with the query itself; 0 if it sees everything before it.
 
     The mask's nodes run on one sequence longer than every constant in them, and each entry is looked at. Inputs of the program
-    are consecutive positions. Raises Refusal if the mask reads a weight, or is neither causal nor a causal window.
+    are consecutive positions. Raises Refusal if the mask reads a weight or anything else that is not a position, or is neither
+    causal nor a causal window.
     """
     region = in_order(graph, ancestors([mask]))
     length = 5 + max((a for n in region for a in _integers(n) if a < _LONGEST), default=1)
@@ -31,7 +32,11 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
         else:
             assert callable(node.target)
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)
+            try:
+                env[node] = node.target(*args, **kwargs)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:  # an input is no positions, but padding, say
+                reason = str(error).partition("\n")[0]
+                raise Refusal(f"the mask does not follow from positions alone: {reason:.200}", node) from error
     value = env[mask]
     require(value.shape[-2:] == (length, length), f"the mask of {length} tokens has shape {tuple(value.shape)}", mask)
     planes = value.reshape(-1, length, length)
