@@ -43,8 +43,13 @@ def test_transformers_module(compiled, name: str, target: str, tmp_path: Path) -
     assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
 
 
+SELDOM = [
+    pytest.param(task, marks=pytest.mark.slow) for task in ("text-generation", "token-classification", "feature-extraction")
+]
+
+
 @pytest.mark.parametrize(
-    "task", ["text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"]
+    "task", ["text-classification", "question-answering", *(pytest.param(task, marks=pytest.mark.slow) for task in SELDOM)]
 )
 def test_reference_with_any_head(task: str, tmp_path: Path) -> None:
     """The task is that of the class."""
@@ -132,7 +137,7 @@ class Speller:
             (Path(folder) / name).write_bytes((BUNDLED / name).read_bytes())
 
 
-@pytest.mark.parametrize("tokenizer", [BUNDLED, Speller()], ids=["folder", "object"])
+@pytest.mark.parametrize("tokenizer", [pytest.param(BUNDLED, marks=pytest.mark.slow), Speller()], ids=["folder", "object"])
 def test_the_tokenizer(tokenizer: Path | Speller, tmp_path: Path) -> None:
     made = oxfuse.compile(load_reference(BUNDLED), tmp_path / "made", tokenizer=tokenizer, **FAST)
     (found,) = oxfuse.load(made).generate("import", max_new_tokens=3)

@@ -97,7 +97,7 @@ def held_out(model: oxfuse.runtime.CompiledModel, count: int = 4, length: int = 
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize(("name", "kl"), [("int8", 0.02), ("int4", 0.5), ("dense", 0.02)])
+@pytest.mark.parametrize(("name", "kl"), [("int8", 0.02), ("int4", 0.5), pytest.param("dense", 0.02, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_divergence_on_held_out_text(tier: Tier, name: str, kl: float) -> None:
     """In nats a token, against the float32 reference. The bar for int8 is 0.02; int4 is told, and bounded against accidents."""

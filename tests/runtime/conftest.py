@@ -47,6 +47,15 @@ def toy() -> ToyModel:
     return ToyModel()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def what_other_suites_left() -> Iterator[None]:
+    """Garbage is collected after every test here: look through these tests' objects, not through millions of others."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def open_model(toy: ToyModel) -> Iterator[Callable[..., CompiledModel]]:
     """Make models over `toy`; afterwards all their blocks must be free, and no job left."""
