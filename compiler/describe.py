@@ -90,7 +90,7 @@ def describe_artifact(
         weights=(weights,),
         passes=tuple(PassRecord(name=p.name, count=p.count, checked=p.checked, max_error=p.max_error) for p in fused.passes),
         numerics={
-            "activations": f"exact: {dtype}, float32 inside fused ops",
+            "activations": f"exact: {dtype}, float32 inside fused ops" if native else f"exact: {dtype}",
             "experts": EXPERTS[plan.options.experts],
             "dense": f"exact: {dtype}" if plan.options.dense == "exact" else DENSE_INT8,
             "cache": dtype,

@@ -38,7 +38,8 @@ def measure(folder: Path) -> Parity:
         model = load(folder, prepack=lossy and small)
     except UserError as error:
         if all(program.target == ONNX_CUDA for program in manifest.programs):  # a CPU computes some of them, too
-            return Parity(rows=0, reason=f"it does not run here: {str(error).rstrip('.')}.")
+            reason = str(error).replace(f"{folder}/", "").rstrip(".")
+            return Parity(rows=0, reason=f"it does not run here: {reason}.")
         raise
     found = compare_golden(model, folder / GOLDEN)
     if not found.fits(manifest.model.dtype, lossy):
