@@ -48,9 +48,7 @@ SELDOM = [
 ]
 
 
-@pytest.mark.parametrize(
-    "task", ["text-classification", "question-answering", *(pytest.param(task, marks=pytest.mark.slow) for task in SELDOM)]
-)
+@pytest.mark.parametrize("task", ["text-classification", "question-answering", *SELDOM])
 def test_reference_with_any_head(task: str, tmp_path: Path) -> None:
     """The task is that of the class."""
     folder = neox.random_gpt_neox(tmp_path / "checkpoint", task=task)
