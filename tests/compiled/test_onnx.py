@@ -253,6 +253,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(target="onnx-portable", experts="int8"), "experts='int8' is not available for target onnx-portable"),
     (dict(activations="int8"), "activations='int8' is not available"),
     (dict(target="onnx-mobile"), "'onnx-mobile' is not a target"),
+    (
+        dict(provider="cuda", dtype="float32"),
+        "dtype float32 is not supported by target onnx with provider cuda; choose bfloat16 or",
+    ),
+    (dict(provider="cuda", dtype="float16"), "gpt_oss cannot run in torch.float16"),
+    (dict(provider="cuda", target="onnx-portable"), "provider 'cuda' belongs to target onnx; target onnx-portable takes none"),
+    (dict(provider="cuda", target="cpu"), "provider 'cuda' belongs to target onnx; target cpu takes none"),
+    (dict(provider="cuda", experts="int8"), "experts='int8' is not available for target onnx with provider cuda"),
+    (dict(provider="cuda", dense="int8"), "dense='int8' is not available for target onnx with provider cuda"),
 ]
 
 

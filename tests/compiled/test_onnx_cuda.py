@@ -200,23 +200,3 @@ def test_which_gpu(
             return providers
 
     assert runtime_onnx._gpu(device, Ort) == expected
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    (dict(dtype="float32"), "dtype float32 is not supported by target onnx with provider cuda; choose bfloat16 or float16"),
-    (dict(dtype="float16"), "gpt_oss cannot run in torch.float16"),
-    (dict(target="onnx-portable"), "provider 'cuda' belongs to target onnx; target onnx-portable takes none"),
-    (dict(target="cpu"), "provider 'cuda' belongs to target onnx; target cpu takes none"),
-    (dict(experts="int8"), "experts='int8' is not available for target onnx with provider cuda"),
-    (dict(dense="int8"), "dense='int8' is not available for target onnx with provider cuda"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_cannot_be_made_is_refused_before_a_file_is_written(
-    compiled, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    _, folder, _ = compiled("base", target="onnx")
-    with pytest.raises(UserError, match=message):
-        oxfuse.compile(folder, tmp_path / "artifact", **{"target": "onnx", "provider": "cuda", **options})
-    assert not [*tmp_path.iterdir()]
