@@ -52,7 +52,7 @@ def main() -> None:
     """Answer requests until there are no more."""
     try:
         engine = Genai(sys.argv[2])
-    except Exception as error:
+    except Exception as error:  # whatever it is, the benchmark is told
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
         return
     print(json.dumps({"name": engine.name, "implementations": []}), flush=True)

@@ -192,7 +192,7 @@ def _serve(work: Path) -> None:
         result = _lower_here(request, work)
     except UserError as error:
         result = {"user_error": str(error)}
-    except Exception as error:
+    except Exception as error:  # whatever it is, it crosses to the process that asked
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {str(error).strip()[:1000]}"}
     (work / RESULT).write_text(json.dumps(result), "utf-8")

@@ -24,7 +24,9 @@ from oxfuse.errors import UserError
 from oxfuse.passes.quantise import Mxfp4Columns
 from oxfuse.runtime import onnx as runtime_onnx
 from oxfuse.runtime.gpus import Gpu, Gpus
+from oxfuse.runtime.verify import verify_artifact
 
+from .. import neox
 from ..conftest import BY_NAME
 from ..parity.cases import Case, random_ids
 
@@ -200,3 +202,13 @@ def test_which_gpu(
             return providers
 
     assert runtime_onnx._gpu(device, Ort) == expected
+
+
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction"])
+def test_models_without_a_cache(task: str, tmp_path: Path) -> None:
+    """In float16, which the CPU's kernels know: attention of standard operators, in float32 between the casts."""
+    folder = neox.random_gpt_neox(tmp_path / "checkpoint", task=task)
+    artifact = oxfuse.compile(folder, tmp_path / "artifact", target="onnx", provider="cuda", task=task)
+    golden = verify_artifact(artifact)["golden"]
+    assert 1e-5 * golden["reference_rms"] < golden["rms_error"] < 0.02 * golden["reference_rms"]
+    assert json.loads((artifact / "manifest.json").read_text())["model"]["dtype"] == "float16"
