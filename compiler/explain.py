@@ -70,10 +70,10 @@ def _place(row: tuple[str, str]) -> list[tuple[int, str]]:
 def explain(module: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Explanation:
     """Export `module` for `inputs` and tell what the passes fuse in it and what not.
 
-    inputs: token ids [B, S], int64, or what the module is called with, by position or by name; S may be any length from 2 on, it
-    stays dynamic. Positions are given to a module that takes them, and a cache is not asked for: that is how `compile` exports.
-    Works on any module, transformers' own included. Raises UserError where the module cannot be exported, with torch's reason
-    and, where one is known, the setting to change.
+    inputs: token ids [B, S], int64, or what the module is called with, by position or by name, masks [B, 1, S, L] for instance;
+    S may be any length from 2 on, it stays dynamic. Positions are given to a module that takes them, and a cache is not asked
+    for: that is how `compile` exports. Works on any module, transformers' own included. Raises UserError where the module cannot
+    be exported, with torch's reason and, where one is known, the setting to change.
     """
     args, kwargs = _call(module, inputs)
     training = [part for part in module.modules() if part.training]
@@ -112,14 +112,15 @@ def _call(module: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any])
 @torch.no_grad()
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """Return the pre-dispatch graph, lengths of sequences dynamic. Raises UserError."""
-    tokens: Any = Dim("S", min=1, max=1 << 16)
+    known = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
-    def shape(value: Any) -> dict[int, Any] | None:
-        whole = isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 2
-        return {1: tokens} if whole else None
+    def dims(value: Any) -> dict[int, Any] | None:
+        if not isinstance(value, Tensor):
+            return None
+        lengths = (2, 3) if value.dim() == 4 else (1,) if value.dim() == 2 and value.dtype == torch.int64 else ()  # masks; ids
+        return dict.fromkeys(lengths, Dim.AUTO)
 
-    dims = (tuple(map(shape, args)), {name: shape(value) for name, value in kwargs.items()})
-    dynamic = {**dict(zip(inspect.signature(module.forward).parameters, dims[0], strict=False)), **dims[1]}
+    dynamic = {name: dims(value) for name, value in known.items()}
     try:
         exported = export(module, args, kwargs, dynamic_shapes=dynamic, strict=False).module(check_guards=False)
     except Exception as error:  # torch's errors of an export have no common class

@@ -114,6 +114,8 @@ class _Samples:
                 shape = [_size(s) for s in value.shape]
                 if value.dtype.is_floating_point:
                     self._activations[node] = torch.randn(shape, generator=self._random)
+                elif value.dtype == torch.bool:  # a mask
+                    self._activations[node] = torch.rand(shape, generator=self._random) > 0.3
                 else:  # positions: consecutive, since some masks take any other step for a second sequence
                     self._activations[node] = torch.arange(37, 37 + shape[-1]).expand(shape).to(value.dtype)
             else:

@@ -37,12 +37,16 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """One fusion. `after` names fusions that must run first; `anchors` and `match` are described in this module's docstring."""
+    """One fusion. `after` names fusions that must run first; `anchors` and `match` are described in this module's docstring.
+
+    A `live` one serves models that stay in memory, with a cache of their own: policy `strict`, which a compile has, skips it.
+    """
 
     name: str
     anchors: Callable[[fx.Graph], list[fx.Node]]
     match: Callable[[fx.Node, WeightTable], Match]
     after: tuple[str, ...] = ()
+    live: bool = False
 
 
 @dataclass(kw_only=True)

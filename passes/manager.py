@@ -28,10 +28,11 @@ Observer = Callable[[str, fx.GraphModule], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A region that looked like a fusion's, the layer it stands in, and why it was left alone."""
+    """A region that looked like a fusion's, by its anchor; the layer it stands in, and why it was left alone."""
 
     layer: str
     reason: str
+    anchor: fx.Node = field(repr=False, compare=False)
 
 
 @dataclass(kw_only=True)
@@ -68,11 +69,16 @@ def run_passes(
     results = [PassResult(name="drop_noops", count=drop_noops(module))]
     _finish("drop_noops", module, weights, results_before, observe)
     for fusion in fusions:
+        if fusion.live and policy == "strict":
+            continue
         result = _fuse(fusion, module, weights)
         results.append(result)
         if policy == "strict":
             _insist(result, fusion.name in set(requested))
         _finish(fusion.name, module, weights, results_before, observe)
+    kept = set(module.graph.nodes)
+    for result in results:  # what a later fusion took was not left alone
+        result.refused = [refused for refused in result.refused if refused.anchor in kept]
     return results
 
 
@@ -105,7 +111,7 @@ def _fuse(fusion: Fusion, module: fx.GraphModule, weights: WeightTable) -> PassR
             for node in reversed(emitter.added):
                 graph.erase_node(node)
             where = f" (at {refusal.node.name})" if refusal.node is not None else ""
-            result.refused.append(Refused(layer=layer, reason=refusal.reason + where))
+            result.refused.append(Refused(layer=layer, reason=refusal.reason + where, anchor=anchor))
             continue
         for old, replacement in zip(match.outputs, new, strict=True):
             old.replace_all_uses_with(replacement)
@@ -141,7 +147,8 @@ def _insist(result: PassResult, requested: bool) -> None:
 
 
 def _results(module: fx.GraphModule) -> list[str]:
-    return [f"{n.meta['val'].dtype}{list(n.meta['val'].shape)}" for n in module.graph.output_node().all_input_nodes]
+    values = [node.meta.get("val") for node in module.graph.output_node().all_input_nodes]
+    return [f"{v.dtype}{list(v.shape)}" if isinstance(v, torch.Tensor) else str(v) for v in values]
 
 
 def _finish(name: str, module: fx.GraphModule, weights: WeightTable, expected: list[str], observe: Observer | None) -> None:

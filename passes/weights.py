@@ -75,7 +75,8 @@ class Weight:
 
     `source` is its canonical name in the checkpoint, `encoding` how the checkpoint stores it. A dense view of an MXFP4
     tensor is a placeholder that no artifact may contain: the fusion that understands the encoding replaces it by its `part`s.
-    `computed` tensors have no source: the configuration determines them.
+    `computed` tensors have no source: the configuration determines them. `fixed` ones belong to a model in memory, which keeps
+    them as they are: a pass may look at them another way, but cannot ask for another layout.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +86,7 @@ class Weight:
     part: Part | None = None
     transforms: tuple[Transform, ...] = ()
     computed: bool = False
+    fixed: bool = False
 
     def then(self, transform: Transform, dtype: torch.dtype | None = None) -> Weight:
         """Return the recipe with one more step."""

@@ -52,14 +52,17 @@ class OpsBuild:
     features: tuple[str, ...]
 
 
-def cpu_kernels() -> list[CpuKernel]:
-    """Return the kernels of every folder that has some, by name, and register the Python ops that they replace."""
+def cpu_kernels(live: bool = False) -> list[CpuKernel]:
+    """Return the kernels of every folder that has some, by name, and register the Python ops that they replace.
+
+    With `live` also those that models in memory need.
+    """
     kernels = []
     for info in pkgutil.iter_modules([str(HERE)]):
         if info.ispkg:
             importlib.import_module(f"oxfuse.passes.fusions.{info.name}.reference")
             kernel: CpuKernel | None = importlib.import_module(f"oxfuse.passes.fusions.{info.name}.cpu").KERNEL
-            kernels += [] if kernel is None else [kernel]
+            kernels += [kernel] if kernel is not None and live >= kernel.live else []
     return kernels
 
 
@@ -69,7 +72,27 @@ def build_ops(kernels: Iterable[CpuKernel], isa: str, out: Path, compiler: str =
     native is the highest level that this machine has. Raises UserError for an unknown `isa` and where `compiler` is missing or
     refuses.
     """
-    kernels = sorted(kernels, key=lambda kernel: kernel.source.as_posix())
+    kernels = _in_order(kernels)
+    build = _describe(kernels, isa, lambda tag: out)
+    _compile(kernels, build, compiler)
+    return build
+
+
+def cached_ops(kernels: Iterable[CpuKernel], isa: str, folder: Path, compiler: str = "g++") -> OpsBuild:
+    """Return what `build_ops` makes, compiled into `folder` under a name of its own unless it lies there already."""
+    kernels = _in_order(kernels)
+    build = _describe(kernels, isa, lambda tag: folder / f"oxfuse_ops_{tag}.so")
+    if not build.path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(kernels, build, compiler)
+    return build
+
+
+def _in_order(kernels: Iterable[CpuKernel]) -> list[CpuKernel]:
+    return sorted(kernels, key=lambda kernel: kernel.source.as_posix())
+
+
+def _describe(kernels: list[CpuKernel], isa: str, place: Callable[[str], Path]) -> OpsBuild:
     level, features = resolve_isa(isa)
     flags = FLAGS + ((f"-march={level}",) if features else ()) + (("-mprefer-vector-width=512",) if level == "x86-64-v4" else ())
     folders = {HERE, *(folder for kernel in kernels for folder in kernel.source.absolute().parents[:2])}
@@ -78,10 +101,9 @@ def build_ops(kernels: Iterable[CpuKernel], isa: str, out: Path, compiler: str =
     for part in (*flags, torch.__version__, *(path.read_text("utf-8") for path in (*headers, *(k.source for k in kernels)))):
         content.update(part.encode() + b"\0")
     tag = content.hexdigest()[:16]
-    _compile(kernels, [compiler, *flags, f'-DOXFUSE_TAG="{tag}"'], out)
     names = {op: f"oxfuse::{function}_{tag}" for kernel in kernels for op, function in kernel.ops.items()}
     dtypes = {op: kernel.dtypes for kernel in kernels for op in kernel.ops}
-    return OpsBuild(path=out, tag=tag, names=names, dtypes=dtypes, isa=level, flags=flags, features=features)
+    return OpsBuild(path=place(tag), tag=tag, names=names, dtypes=dtypes, isa=level, flags=flags, features=features)
 
 
 def load_ops(build: OpsBuild) -> None:
@@ -99,7 +121,8 @@ def load_ops(build: OpsBuild) -> None:
         torch.library.register_fake(name, functools.partial(_fake, known), allow_override=True)
 
 
-def _compile(kernels: list[CpuKernel], command: list[str], out: Path) -> None:
+def _compile(kernels: list[CpuKernel], build: OpsBuild, compiler: str) -> None:
+    command, out = [compiler, *build.flags, f'-DOXFUSE_TAG="{build.tag}"'], build.path
     if shutil.which(command[0]) is None:
         raise UserError(
             f"The C++ compiler {command[0]} was not found. Install it (Debian, Ubuntu: apt install g++) to compile models."

@@ -21,12 +21,14 @@ class CpuKernel:
 
     `source` is a file that `build.py` includes in the one translation unit of the library. `ops` maps the qualified name of
     each op it replaces, ours or torch's own, to the C++ function that `OXFUSE_OP` registers under that name and the library's
-    tag. `dtypes` are those of the first argument that the function takes; calls on others are left as they are.
+    tag. `dtypes` are those of the first argument that the function takes; calls on others are left as they are. A kernel is
+    `live` if models that keep their own caches call it alone: no artifact ships it.
     """
 
     source: Path
     ops: Mapping[str, str]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    live: bool = False
 
     def __post_init__(self) -> None:
         wrong = [name for name in self.ops if not re.fullmatch(r"(oxfuse|aten)::[a-z_][a-z0-9_]*", name)]

@@ -34,13 +34,22 @@ def test_gpt_neox_is_left_as_it_was(attention: str) -> None:
     assert model.training and not model.gpt_neox.layers[1].training
 
 
-def test_a_mask_of_padding_is_named() -> None:
+def test_a_mask_of_padding_is_handed_to_the_op() -> None:
     ids = torch.zeros(2, 7, dtype=torch.long)
     found = oxfuse.explain(transformers_gpt_neox("sdpa"), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    left = [region for region in found.left if region.fusion == "sink_attention"]
-    assert len(left) == 3 and all(region.reason.startswith("the mask ") for region in left)
-    assert found.counts.get("sink_attention", 0) == 0
-    assert "not sink_attention: the mask " in str(found)
+    assert found.counts == {"masked_attention": 3, "rotary_embedding": 3} and not found.left
+
+
+def test_a_mask_that_differs_between_heads_is_named() -> None:
+    class Biased(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    q, k = torch.zeros(1, 4, 5, 8), torch.zeros(1, 4, 9, 8)
+    found = oxfuse.explain(Biased(), (q, k, k, torch.zeros(1, 4, 5, 9)))
+    reasons = {left.fusion: left.reason for left in found.left}
+    assert reasons["sink_attention"].startswith("queries and keys are not of one sequence")
+    assert reasons["masked_attention"].startswith("the mask has shape [1, 4, ")
 
 
 def test_a_changed_layer_is_named() -> None:

@@ -19,7 +19,7 @@ def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if not set(needed) <= set(resolve_isa("native")[1]):
         pytest.skip(f"this CPU does not have {level}")
     if level not in _built:
-        _built[level] = build_ops(cpu_kernels(), level, tmp_path_factory.mktemp("ops") / "ops.so")
+        _built[level] = build_ops(cpu_kernels(live=True), level, tmp_path_factory.mktemp("ops") / "ops.so")
         load_ops(_built[level])
     return _built[level]
 

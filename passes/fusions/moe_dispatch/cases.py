@@ -29,8 +29,12 @@ def _case(
     biases: float = 1.0,
     spread: float = 1.0,
     op: str = DISPATCH,
+    columns: bool = False,
 ) -> OpCase:
-    """`scales` bound the bytes of gate_up; `bias` changes the router's, and `biases` scales the experts'."""
+    """`scales` bound the bytes of gate_up; `bias` changes the router's, and `biases` scales the experts'.
+
+    With `columns` experts are views of their transposes.
+    """
 
     def args(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -38,11 +42,12 @@ def _case(
         def random(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator)
 
-        def weight(rows: int, columns: int, scales: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        def weight(rows: int, length: int, scales: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
             if not mxfp4:
-                return random(experts, rows, columns).mul(columns**-0.5).to(dtype), None
-            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
-            return blocks, torch.randint(*scales, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+                dense = random(experts, rows, length).mul(length**-0.5).to(dtype)
+                return dense.transpose(1, 2).contiguous().transpose(1, 2) if columns else dense, None
+            blocks = torch.randint(0, 256, (experts, rows, length // 32, 16), dtype=torch.uint8, generator=generator)
+            return blocks, torch.randint(*scales, (experts, rows, length // 32), dtype=torch.uint8, generator=generator)
 
         x, router, router_bias = random(*shape, hidden) * spread, random(experts, hidden), bias(random(experts))
         first, second = weight(2 * width, hidden, scales), weight(hidden, width, (119, 125))
@@ -131,6 +136,12 @@ CASES = (
     _case("clamped", (6,), 32, 32, 4, 2, spread=20.0),
     _case("longer than a chunk", (13,), 520, 10, 3, 2),
     _case("many tokens", (160,), 96, 64, 8, 4),
+    _case("columns, one token", (1,), 48, 40, 6, 3, columns=True),
+    _case("columns, odd sizes", (5,), 19, 11, 5, 2, columns=True),
+    _case("columns, smaller than a vector", (3,), 3, 1, 2, 1, columns=True),
+    _case("columns, longer than a panel is deep", (13,), 520, 70, 3, 2, columns=True),
+    _case("columns, more than are streamed", (3,), 36, 1030, 2, 1, columns=True),
+    _case("columns, all tokens on one expert", (150,), 34, 98, 3, 1, bias=_one_expert, columns=True),
     _case("mxfp4, one token", (1,), 64, 32, 4, 2, mxfp4=True),
     _case("mxfp4, two blocks", (7,), 32, 64, 5, 3, mxfp4=True),
     _case("mxfp4, longer than a chunk", (12,), 544, 32, 3, 2, mxfp4=True),

@@ -4,7 +4,7 @@
 // register tile of rows serves more tokens than fit the registers, it is decoded to float32 once for up to BATCH of them.
 // Activations are float32 from the input to the one rounding at the end; but where a bfloat16 model meets a processor that multiplies
 // bfloat16, experts with many tokens use that, and their hidden values are rounded to it as the reference in that dtype does.
-#include "../product.h"
+#include "columns.h"
 
 namespace oxfuse {
 
@@ -101,7 +101,24 @@ struct Rows {
   std::vector<const bfloat16*> half;
 };
 
-// Calls out(e, first sorted row, count, first weight row, tile) for all products of the routed rows x with the rows of their experts.
+// Calls out(e, first sorted row, count, first weight row, rows, tile, stride) for all products of the routed rows x with the rows of their
+// experts: tile[i * stride + r] is that of the i-th routed row. Threads share the rows.
+template <class T, class Out>
+static void for_each_product(const DenseColumns<T>& weights, const Routing& routing, const Rows& x, Out&& out) {
+  const int64_t experts = routing.begin.size() - 1, panels = round_up(weights.rows, PANEL) / PANEL;
+  const int64_t cost = routing.begin[experts] * PANEL * weights.length;
+  parallel_for(0, panels, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
+    ColumnScratch scratch;
+    for (int64_t e = 0; e < experts; ++e)
+      for (int64_t m = routing.begin[e]; m < routing.begin[e + 1]; m += BATCH) {
+        const int some = static_cast<int>(std::min<int64_t>(BATCH, routing.begin[e + 1] - m));
+        multiply_columns(weights.values + e * weights.rows * weights.length, weights.rows, first * PANEL, std::min(last * PANEL, weights.rows),
+                         &x.wide[m], some, weights.length, scratch,
+                         [&](int64_t row, int64_t rows, float* tile, int64_t stride) { out(e, m, some, row, rows, tile, stride); });
+      }
+  });
+}
+
 template <class W, class Out>
 static void for_each_product(const W& weights, const Routing& routing, const Rows& x, Out&& out) {
   const int64_t experts = routing.begin.size() - 1, tiles = round_up(weights.rows, NR) / NR;
@@ -116,7 +133,7 @@ static void for_each_product(const W& weights, const Routing& routing, const Row
             product(weights.tile(e, tile * NR), &x.half[m], some, weights.length, scratch);
           else
             product(weights.tile(e, tile * NR), &x.wide[m], some, weights.length, scratch);
-          out(e, m, some, tile * NR, scratch.tile);
+          out(e, m, some, tile * NR, std::min<int64_t>(NR, weights.rows - tile * NR), scratch.tile, NR);
         }
       }
   });
@@ -140,22 +157,21 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
     inners.half.push_back(&inner_half[row * stride]);
   }
 
-  for_each_product(gate_up, routing, sources, [&](int64_t e, int64_t m, int count, int64_t first, float* tile) {
-    float values[BATCH * NR / 2];
+  for_each_product(gate_up, routing, sources, [&](int64_t e, int64_t m, int count, int64_t first, int64_t some, float* tile, int64_t apart) {
+    float values[std::max<int64_t>(MR * STREAMED, BATCH * PANEL) / 2];
     for (int i = 0; i < count; ++i)
-      for (int64_t r = 0; r < NR && first + r < 2 * width; ++r) tile[i * NR + r] += gate_up_bias[e * 2 * width + first + r];
-    activate(tile, count * NR / 2, alpha, limit, values);
+      for (int64_t r = 0; r < some; ++r) tile[i * apart + r] += gate_up_bias[e * 2 * width + first + r];
+    activate(tile, count * apart / 2, alpha, limit, values);
     for (int i = 0; i < count; ++i)
-      for (int64_t r = 0; r < NR / 2 && first / 2 + r < width; ++r) {
+      for (int64_t r = 0; r < some / 2; ++r) {
         const int64_t at = (m + i) * stride + W::place(first / 2 + r);
-        inner[at] = values[i * NR / 2 + r];
+        inner[at] = values[i * apart / 2 + r];
         if (inner_half) inner_half[at] = narrow<bfloat16>(inner[at]);
       }
   });
-  for_each_product(down, routing, inners, [&](int64_t e, int64_t m, int count, int64_t first, float* tile) {
+  for_each_product(down, routing, inners, [&](int64_t e, int64_t m, int count, int64_t first, int64_t some, float* tile, int64_t apart) {
     for (int i = 0; i < count; ++i)
-      for (int64_t r = 0; r < NR && first + r < hidden; ++r)
-        outer[(m + i) * hidden + first + r] = tile[i * NR + r] + down_bias[e * hidden + first + r];
+      for (int64_t r = 0; r < some; ++r) outer[(m + i) * hidden + first + r] = tile[i * apart + r] + down_bias[e * hidden + first + r];
   });
   parallel_for(0, tokens, 1 + GRAIN / (k * hidden), [&](int64_t first, int64_t last) {
     std::vector<float> total(hidden);
@@ -196,9 +212,11 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   }
   check_dtype("router_weight", router_weight, dtype_name(x).c_str());
   // Weights are mapped files: a silent copy would cost their size in memory.
-  OXFUSE_CHECK(gate_up.is_contiguous() && down.is_contiguous() && router_weight.is_contiguous() &&
-                      (!gate_up_scales || (gate_up_scales->is_contiguous() && down_scales->is_contiguous())),
-                  "weights must be contiguous");
+  const bool columns = !gate_up_scales && gate_up.numel() && down.numel() && torch::stable::transpose(gate_up, 1, 2).is_contiguous() &&
+                       torch::stable::transpose(down, 1, 2).is_contiguous();
+  OXFUSE_CHECK(columns || (gate_up.is_contiguous() && down.is_contiguous()), "experts must be contiguous, as rows or as columns");
+  OXFUSE_CHECK(router_weight.is_contiguous() && (!gate_up_scales || (gate_up_scales->is_contiguous() && down_scales->is_contiguous())),
+               "the router's weights and scales must be contiguous");
 
   const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
   const Values router_b("router_bias", router_bias), gate_up_b("gate_up_bias", gate_up_bias), down_b("down_bias", down_bias);
@@ -210,7 +228,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
     std::unique_ptr<float[]> natural(new float[std::min(step, tokens) * stride]), placed;
     if (gate_up_scales) placed.reset(new float[std::min(step, tokens) * stride]);
     std::unique_ptr<bfloat16[]> halves;
-    if (std::is_same_v<T, bfloat16> && multiplies_bfloat16()) halves.reset(new bfloat16[std::min(step, tokens) * stride]);
+    if (std::is_same_v<T, bfloat16> && multiplies_bfloat16() && !columns) halves.reset(new bfloat16[std::min(step, tokens) * stride]);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);
       std::vector<const float*> rows(count);
@@ -237,6 +255,8 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
         static const Powers powers;
         run(Mxfp4Experts{data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), 2 * width, hidden, powers.of},
             Mxfp4Experts{data<uint8_t>(down), data<uint8_t>(*down_scales), hidden, width, powers.of});
+      } else if (columns) {
+        run(DenseColumns<T>{data<T>(gate_up), 2 * width, hidden}, DenseColumns<T>{data<T>(down), hidden, width});
       } else {
         run(DenseRows<T>{data<T>(gate_up), 2 * width, hidden}, DenseRows<T>{data<T>(down), hidden, width});
       }

@@ -118,12 +118,14 @@ def _activation(graph: fx.Graph, region: set[fx.Node], topk: fx.Node) -> tuple[f
 
 
 def _stored(to: Emitter, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """Replace a weight [E, in, out] by its MXFP4 blocks and scales, or by rows [E, out, in]."""
+    """Replace a weight [E, in, out] by its MXFP4 blocks and scales, or by rows [E, out, in], or look at it as such."""
     name = str(node.target)
     weight = to.weights[name]
     if weight.encoding == "mxfp4":
         parts = weight.parts()
         return to.weight(f"{name}_blocks", parts["blocks"]), to.weight(f"{name}_scales", parts["scales"])
+    if weight.fixed:
+        return to.call(A.transpose.int, node, 1, 2), None
     return to.weight(f"{name}_rows", weight.then(SwapRowsAndColumns())), None
 
 

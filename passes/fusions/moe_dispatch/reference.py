@@ -30,10 +30,11 @@ def moe_dispatch(
     """Return the weighted sum of the top_k experts' outputs for every token, [..., H], contiguous.
 
     x [..., H]; router_weight [E, H], router_bias [E]; gate_up_bias [E, 2I], down_bias [E, H]. Without scales gate_up is
-    [E, 2I, H] and down [E, H, I] in x's dtype; with scales they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with
-    gate_up_scales uint8 [E, 2I, H / 32], down likewise over I. Rows are output features; even rows of gate_up are the gate,
-    odd ones the up projection. Everything is computed in promote(x.dtype, float32), the hidden values between the two
-    products included, and rounded once at the end. Raises NotImplementedError on devices other than cpu and cuda.
+    [E, 2I, H] and down [E, H, I] in x's dtype, both contiguous or both views of contiguous [E, H, 2I] and [E, I, H]; with scales
+    they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with gate_up_scales uint8 [E, 2I, H / 32], down likewise over I. Rows are
+    output features; even rows of gate_up are the gate, odd ones the up projection. Everything is computed in
+    promote(x.dtype, float32), the hidden values between the two products included, and rounded once at the end. Raises
+    NotImplementedError on devices other than cpu and cuda.
     """
     banks = gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias
     if x.device.type == "cuda":

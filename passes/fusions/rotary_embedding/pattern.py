@@ -9,10 +9,11 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from oxfuse.passes.fusion import Emitter, Fusion, Match
-from oxfuse.passes.fusions.rotary_embedding import reference as reference  # registers the op
+from oxfuse.passes.fusions.rotary_embedding import reference as reference
 from oxfuse.passes.graph import (
     OXFUSE,
     A,
@@ -24,6 +25,7 @@ from oxfuse.passes.graph import (
     is_tensor,
     only,
     require,
+    same_size,
     shape_of,
     the_op,
     through,
@@ -32,6 +34,7 @@ from oxfuse.passes.graph import (
 from oxfuse.passes.weights import WeightTable
 
 _Rotation = tuple[fx.Node, fx.Node, fx.Node]
+ATTENTIONS = (OXFUSE.sink_attention_dense.default, OXFUSE.masked_attention.default)
 _RESHAPES = (A.unsqueeze.default, A.expand.default, A.view.default, A.reshape.default)
 
 
@@ -128,24 +131,72 @@ def _slice_of(node: Any) -> tuple[fx.Node, int, int] | None:
 
 def match(attention: fx.Node, weights: WeightTable) -> Match:
     """Return the match behind the q and k of a fused attention, or refuse."""
-    turned = [as_node(the_op(a, "queries and keys, heads first", A.transpose.int).args[0]) for a in args_of(attention)[:2]]
-    (q, cos, sin), (k, cos_k, sin_k) = (rotation(node) for node in turned)
-    same = uncast(through(cos, *_RESHAPES)) is uncast(through(cos_k, *_RESHAPES))
-    same = same and uncast(through(sin, *_RESHAPES)) is uncast(through(sin_k, *_RESHAPES))
-    require(same, "queries and keys are rotated by different angles", attention)
+    turned_q, turned_k = (
+        as_node(the_op(a, "queries and keys, heads first", A.transpose.int).args[0]) for a in args_of(attention)[:2]
+    )
+    q, cos, sin = rotation(turned_q)
+    try:
+        k, cos_k, sin_k = rotation(turned_k)
+    except Refusal:
+        found = _beside(attention, turned_q, cos, sin)
+        if found is None:
+            raise
+        turned_k, k, cos_k, sin_k = found
+    require(_same_table(cos, cos_k) and _same_table(sin, sin_k), "queries and keys are rotated by different angles", attention)
     table = ancestors([cos, sin])
-    positions = only([n for n in table if n.op == "placeholder" and is_tensor(n) and _is_int(n)], "tensor of positions", cos)
-    inv_freq = only([n for n in table if n.op == "get_attr"], "tensor of inverse frequencies", cos)
+    positions = _positions(table, cos)
+    inv_freq = only([n for n in table if n.op == "get_attr" and not _is_int(n)], "tensor of inverse frequencies", cos)
     require(len(shape_of(inv_freq)) == 1, "the inverse frequencies are not a vector", inv_freq)
     scale = _scale(cos)
     require(scale == _scale(sin), "cos and sin are scaled differently", cos)
+    batch, length = shape_of(q)[0], shape_of(q)[2]
+    rows, columns = shape_of(positions)
+    fits = same_size(columns, length) and (same_size(rows, batch) or rows == 1)
+    require(fits, f"positions of shape {[rows, columns]} are not those of {[batch, length]} tokens", positions)
 
     def emit(to: Emitter) -> tuple[fx.Node, ...]:
         tokens_first = [to.call(A.transpose.int, x, 1, 2) for x in (q, k)]
-        both = to.call(OXFUSE.rotary_embedding.default, *tokens_first, positions, inv_freq, scale)
+        each = positions
+        if not same_size(rows, batch):
+            sizes = [to.call(A.sym_size.int, q, 0) if isinstance(batch, torch.SymInt) else batch, -1]
+            each = to.call(A.expand.default, positions, sizes)
+        both = to.call(OXFUSE.rotary_embedding.default, *tokens_first, each, inv_freq, scale)
         return tuple(to.call(A.transpose.int, to.call(operator.getitem, both, i), 1, 2) for i in range(2))
 
-    return Match(inputs=(q, k, positions), outputs=(turned[0], turned[1]), emit=emit)
+    return Match(inputs=(q, k, positions), outputs=(turned_q, turned_k), emit=emit)
+
+
+def _same_table(a: fx.Node, b: fx.Node) -> bool:
+    return uncast(through(a, *_RESHAPES)) is uncast(through(b, *_RESHAPES))
+
+
+def _beside(attention: fx.Node, turned_q: fx.Node, cos: fx.Node, sin: fx.Node) -> tuple[fx.Node, ...] | None:
+    """Return the rotation by the same angles that stands between the attention before and this one: (rotated, x, cos, sin).
+
+    Keys that go into a cache are not what the attention reads, and what it reads may not even show that it depends on them.
+    """
+    own, node = ancestors([turned_q]), attention.prev
+    while node.op not in ("root", "placeholder") and not is_op(node, *ATTENTIONS):
+        if node not in own and is_op(node, A.cat.default, A.add.Tensor):
+            try:
+                x, cos_k, sin_k = rotation(node)
+            except (Refusal, IndexError):
+                x = None
+            if x is not None and _same_table(cos, cos_k) and _same_table(sin, sin_k):
+                return node, x, cos_k, sin_k
+        node = node.prev
+    return None
+
+
+def _positions(table: set[fx.Node], cos: fx.Node) -> fx.Node:
+    """Return what is converted to the angles' dtype, as integers [B, S]."""
+    whole = [
+        n for n in table if is_tensor(n) and _is_int(n) and any(u in table and is_tensor(u) and not _is_int(u) for u in n.users)
+    ]
+    positions = as_node(only(whole, "tensor of positions", cos))
+    while len(shape_of(positions)) != 2:
+        positions = as_node(args_of(the_op(positions, "positions [B, S]", *_RESHAPES))[0])
+    return positions
 
 
 def _scale(table: fx.Node) -> float:
@@ -165,7 +216,7 @@ def _is_int(node: fx.Node) -> bool:
 
 
 def _anchors(graph: fx.Graph) -> list[fx.Node]:
-    attentions = [n for n in graph.nodes if is_op(n, OXFUSE.sink_attention_dense.default)]
+    attentions = [n for n in graph.nodes if is_op(n, *ATTENTIONS)]
     return [n for n in attentions if not is_op(through(args_of(n)[0], operator.getitem), OXFUSE.rotary_embedding.default)]
 
 
@@ -173,5 +224,5 @@ FUSION = Fusion(
     name="rotary_embedding",
     anchors=_anchors,
     match=match,
-    after=("sink_attention",),  # the fused attention says which tensors are its queries and keys
+    after=("sink_attention", "masked_attention"),  # the fused attention says which tensors are its queries and keys
 )

@@ -87,6 +87,20 @@ inline float largest(Floats x) {
   return std::max(std::max(top[0], top[1]), std::max(top[2], top[3]));
 }
 
+// What the tokens of a block see where no mask is given: those before them, no further back than `window`, all where it is 0. `index` is
+// the first token's place in the sequence.
+struct Causal {
+  int64_t index, tokens, window;
+  int64_t begin() const { return window ? std::max<int64_t>(0, index - window + 1) : 0; }  // keys that any of them sees
+  int64_t end() const { return index + tokens; }
+  int64_t begin(int64_t token) const { return window ? std::max<int64_t>(0, index + token - window + 1) : 0; }
+  int64_t end(int64_t token) const { return index + token + 1; }
+  bool any(int64_t first, int64_t last, int64_t tile) const {  // whether a token from first to last sees a key of the tile
+    return tile < end(last) && (!window || tile + TILE > index + first - window + 1);
+  }
+  const float* added(int64_t, int64_t) const { return nullptr; }  // to a token's scores of the tile
+};
+
 // Attention of up to `tokens` tokens of one sequence with the `group` query heads that share a KV head.
 template <class T>
 class Block {
@@ -95,48 +109,48 @@ class Block {
       : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim), keys_(dim * TILE), values_(TILE * width_),
         scores_(tokens * group * TILE), out_(tokens * group * width_), top_(tokens * group), keep_(tokens * group), total_(tokens * group) {}
 
-  // q and result: the group's heads of the first token; `stride` values further on are those of the next. `index` is the first token's
-  // place in the sequence. `address(key, end, &k, &v, &stride)` finds the keys from `key` on, as many below `end` as lie in one block of the
-  // cache, and returns their number: value d of key i is at k[d * stride + i], at v[i * dim + d] for the values.
-  template <class Address>
-  void run(const T* q, int64_t stride, int64_t tokens, int64_t index, const float* sink, int64_t window, float scale, Address&& address,
-           T* result) {
+  // q and result: the group's heads of the first token; `stride` and `stride_out` values further on are those of the next. `view` is
+  // `Causal`, or has its members. `decode(key, end, keys, values)` writes the keys from `key` on, as many below `end` as lie in one piece, to
+  // keys[d * TILE + i] and values[i * width + d] in float32, adds 0 to `zeros`, or NaN where a value is infinite or none, and returns
+  // their number; `width` is dim in whole vectors.
+  template <class View, class Decode>
+  void run(const T* q, int64_t stride, int64_t head_stride, int64_t tokens, View&& view, const float* sink, float scale, Decode&& decode,
+           T* result, int64_t stride_out) {
     const int64_t rows = tokens * group_;
     std::fill_n(out_.begin(), rows * width_, 0.f);
     for (int64_t r = 0; r < rows; ++r) {
       top_[r] = sink ? sink[r % group_] : -INFINITY;
       total_[r] = Floats{};
       total_[r][0] = sink ? 1.f : 0.f;
-      const T* from = q + r / group_ * stride + r % group_ * dim_;
+      const T* from = q + r / group_ * stride + r % group_ * head_stride;
       for (int64_t d = 0; d < dim_; ++d) query_[r * dim_ + d] = widen(from[d]);
     }
-    const int64_t first = window ? std::max<int64_t>(0, index - window + 1) : 0, end = index + tokens;
+    const int64_t first = view.begin(), end = view.end();
     for (int64_t tile = first / TILE * TILE; tile < end; tile += TILE) {
-      decode(tile, std::max(first, tile), std::min(end, tile + TILE), address);
+      fill(tile, std::max(first, tile), std::min(end, tile + TILE), decode);
       const int64_t keys = std::min<int64_t>(TILE, end - tile);
       for (int64_t r = 0; r < rows; r += STRIP) {
         const int64_t some = std::min<int64_t>(STRIP, rows - r);
-        const int64_t early = index + r / group_, late = index + (r + some - 1) / group_;  // the strip's first and last token
-        if (tile > late || (window && tile + TILE <= early - window + 1)) continue;
+        if (!view.any(r / group_, (r + some - 1) / group_, tile)) continue;
         outer_all(some, &query_[r * dim_], dim_, keys_.data(), TILE, dim_, nullptr, &scores_[r * TILE]);
         for (int64_t m = r; m < r + some; ++m) {
-          const int64_t last = index + m / group_;
-          softmax(m, (window ? std::max(first, last - window + 1) : first) - tile, last + 1 - tile, scale);
+          const int64_t token = m / group_;
+          softmax(m, view.begin(token) - tile, view.end(token) - tile, scale, view.added(token, tile));
         }
         if (finite_) {
           outer_all(some, &scores_[r * TILE], TILE, values_.data(), width_, keys, &keep_[r], &out_[r * width_]);
           continue;
         }
         for (int64_t m = r; m < r + some; ++m) {  // a weight of 0 does not hide infinity and NaN, so each row takes what it sees
-          const int64_t last = index + m / group_, begin = std::max<int64_t>(0, (window ? last - window + 1 : 0) - tile);
-          const int64_t count = std::max<int64_t>(0, std::min<int64_t>(TILE, last + 1 - tile) - begin);
+          const int64_t begin = std::max<int64_t>(0, view.begin(m / group_) - tile);
+          const int64_t count = std::max<int64_t>(0, std::min<int64_t>(TILE, view.end(m / group_) - tile) - begin);
           outer_all(1, &scores_[m * TILE + begin], TILE, &values_[begin * width_], width_, count, &keep_[m], &out_[m * width_]);
         }
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       const float total = sum(total_[r]), divisor = total == 0.f ? 1.f : total;
-      T* to = result + r / group_ * stride + r % group_ * dim_;
+      T* to = result + r / group_ * stride_out + r % group_ * dim_;
       for (int64_t d = 0; d < dim_; ++d) to[d] = narrow<T>(out_[r * width_ + d] / divisor);
     }
   }
@@ -144,32 +158,28 @@ class Block {
  private:
   // Fills keys_ [dim, TILE] and values_ [TILE, width] with the keys [begin, end) of the tile, in float32, and zeros around them: what lies
   // beside them in the cache may be anything.
-  template <class Address>
-  void decode(int64_t tile, int64_t begin, int64_t end, Address&& address) {
+  template <class Decode>
+  void fill(int64_t tile, int64_t begin, int64_t end, Decode&& decode) {
     Floats zeros = {};
     if (begin > tile || end < tile + TILE) {
       std::fill(keys_.begin(), keys_.end(), 0.f);
       std::fill(values_.begin(), values_.end(), 0.f);
     }
-    for (int64_t key = begin; key < end;) {
-      const T *k, *v;
-      int64_t stride;
-      const int64_t place = key - tile, count = address(key, end, &k, &v, &stride);
-      for (int64_t d = 0; d < dim_; ++d) widen_all(k + d * stride, count, &keys_[d * TILE + place]);
-      for (int64_t i = 0; i < count; ++i, v += dim_) zeros += widen_all(v, dim_, &values_[(place + i) * width_]);
-      key += count;
-    }
+    for (int64_t key = begin; key < end;)
+      key += decode(key, end, &keys_[key - tile], &values_[(key - tile) * width_], &zeros);
     finite_ = sum(zeros) == 0.f;
   }
 
-  // Turns a row's scores of the keys [begin, end) into weights relative to the running maximum, and those of others into 0.
-  void softmax(int64_t row, int64_t begin, int64_t end, float scale) {
+  // Turns a row's scores of the keys [begin, end) into weights relative to the running maximum, and those of others into 0. `added` is
+  // added to the scores of the tile, where it is not null.
+  void softmax(int64_t row, int64_t begin, int64_t end, float scale, const float* added) {
     float* s = &scores_[row * TILE];
     const bool edge = begin > 0 || end < TILE;
     const int first = static_cast<int>(std::max<int64_t>(begin, 0)), last = static_cast<int>(std::min<int64_t>(end, TILE));
     Floats best = splat(-INFINITY);
     for (int j = 0; j < TILE; j += LANES) {
       Floats x = load(s + j) * scale;
+      if (added) x += load(added + j);
       if (edge) {
         const Ints place = load_count() + j;
         x = (place >= first) & (place < last) ? x : splat(-INFINITY);

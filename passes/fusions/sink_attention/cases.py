@@ -139,14 +139,27 @@ def _by_slot(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     return k_cache.permute(0, 3, 1, 2), v_cache.transpose(1, 2)
 
 
-def _attend(query: list[float], keys: list[list[float]], values: list[list[float]], sink: float | None, scale: float) -> Tensor:
+def attend_naively(
+    query: list[float],
+    keys: list[list[float]],
+    values: list[list[float]],
+    sink: float | None,
+    scale: float,
+    added: Sequence[float] | None = None,
+) -> Tensor:
+    """Return one head's result for one token, [D]; `added` is added to the scores."""
     scores = [math.fsum(a * b for a, b in zip(query, key, strict=True)) * scale for key in keys]
+    scores = [score + more for score, more in zip(scores, added or [0.0] * len(keys), strict=True)]
     top = max(scores + ([] if sink is None else [sink]), default=0.0)
     weights = [math.exp(score - top) for score in scores]
     total = math.fsum(weights) + (0.0 if sink is None else math.exp(sink - top))
     columns = ([value[d] for value in values] for d in range(len(query)))
     result = [math.fsum(w * x for w, x in zip(weights, column, strict=True)) / (total or 1.0) for column in columns]
     return torch.tensor(result, dtype=torch.float64)
+
+
+def _one(sink: Tensor | None, head: int) -> float | None:
+    return None if sink is None else float(sink[head])
 
 
 def _naive_dense(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, window: int, scale: float) -> Tensor:
@@ -156,7 +169,9 @@ def _naive_dense(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, window: i
             keys = [j for j in range(i + 1) if not window or j > i - window]
             for h in range(q.shape[2]):
                 column, values = ([x[b, j, h // group].tolist() for j in keys] for x in (k, v))
-                out[b, i, h] = _attend(q[b, i, h].tolist(), column, values, None if sink is None else float(sink[h]), scale)
+                out[b, i, h] = attend_naively(
+                    q[b, i, h].tolist(), column, values, None if sink is None else float(sink[h]), scale
+                )
     return out
 
 
@@ -201,7 +216,7 @@ def _naive_cached(
             places = [(int(block_table[n, j // block_size]), j % block_size) for j in keys]
             for h in range(q.shape[1]):
                 column, values = ([cache[(*place, h // group)].tolist() for place in places] for cache in (k_cache, v_cache))
-                out[t, h] = _attend(q[t, h].tolist(), column, values, None if sink is None else float(sink[h]), scale)
+                out[t, h] = attend_naively(q[t, h].tolist(), column, values, _one(sink, h), scale)
     return out
 
 
@@ -226,7 +241,7 @@ def _naive_past(
             seen = [j for j in seen if not window or sum(row[:j]) > sum(row[: past + i]) - window]
             for h in range(q.shape[2]):
                 column, rows = ([x[b, h // group, j].tolist() for j in seen] for x in (keys, values))
-                out[b, i, h] = _attend(q[b, i, h].tolist(), column, rows, None if sink is None else float(sink[h]), scale)
+                out[b, i, h] = attend_naively(q[b, i, h].tolist(), column, rows, _one(sink, h), scale)
     return out, keys, values
 
 

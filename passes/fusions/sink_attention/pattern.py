@@ -7,6 +7,7 @@ and one more column, the sink; that column dropped; times V. The window is read 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -50,46 +51,66 @@ def ungroup(node: fx.Node) -> fx.Node:
     return node
 
 
-def match(anchor: fx.Node, weights: WeightTable) -> Match:
-    """Return the match around a softmax or SDPA node, or refuse."""
-    if is_op(anchor, A.scaled_dot_product_attention.default):
-        q, k, v, sink, mask, scale, out = _sdpa(anchor)
-    else:
-        q, k, v, sink, mask, scale, out = _softmax(anchor)
-    k, v = ungroup(k), ungroup(v)
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What attention consists of: q, k, v [B, heads, S, D], k and v ungrouped; the sink and the mask where there are any.
+
+    `causal` is SDPA's flag, which stands for a mask.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    sink: fx.Node | None
+    mask: Any
+    scale: float
+    out: fx.Node
+    causal: bool = False
+
+
+def parts_of(anchor: fx.Node) -> Parts:
+    """Return the parts of the attention around a softmax or SDPA node, or refuse."""
+    parts = _sdpa(anchor) if is_op(anchor, A.scaled_dot_product_attention.default) else _softmax(anchor)
+    parts = replace(parts, k=ungroup(parts.k), v=ungroup(parts.v))
+    q, k, v, sink = parts.q, parts.k, parts.v, parts.sink
     heads, kv_heads = shape_of(q)[1], shape_of(k)[1]
-    alike = shape_of(k)[:2] == shape_of(v)[:2] and all(map(same_size, shape_of(k), shape_of(v)))
     require(dtype_of(q) == dtype_of(k) == dtype_of(v), "queries, keys and values differ in dtype", anchor)
-    require(alike and same_size(shape_of(q)[2], shape_of(k)[2]), "queries and keys are not of one sequence", anchor)
+    alike = shape_of(k)[:2] == shape_of(v)[:2] and all(map(same_size, shape_of(k), shape_of(v)))
+    require(alike, "keys and values differ in shape", anchor)
     require(heads % kv_heads == 0, f"{heads} query heads do not group over {kv_heads} KV heads", anchor)
-    require(mask is not None, "attention has no mask, so it is not causal", anchor)
-    window = window_of(anchor.graph, as_node(mask))
+    require(parts.mask is not None or parts.causal, "attention has no mask, so it is not causal", anchor)
     if sink is not None:
         require(dtype_of(sink).is_floating_point and shape_of(sink) == (heads,), "the sink is not one logit a head", sink)
+    return parts
+
+
+def match(anchor: fx.Node, weights: WeightTable) -> Match:
+    """Return the match around a softmax or SDPA node, or refuse."""
+    parts = parts_of(anchor)
+    q, k, v = parts.q, parts.k, parts.v
+    require(same_size(shape_of(q)[2], shape_of(k)[2]), "queries and keys are not of one sequence", anchor)
+    window = 0 if parts.causal else window_of(anchor.graph, as_node(parts.mask))
+    require(q.meta["val"].device.type == "cpu", f"there is no kernel for {q.meta['val'].device.type}", anchor)
 
     def emit(to: Emitter) -> tuple[fx.Node, ...]:
         tokens_first = [to.call(A.transpose.int, x, 1, 2) for x in (q, k, v)]
-        new = to.call(OXFUSE.sink_attention_dense.default, *tokens_first, sink, window, scale)
+        new = to.call(OXFUSE.sink_attention_dense.default, *tokens_first, parts.sink, window, parts.scale)
         return (to.call(A.transpose.int, new, 1, 2),)
 
-    inputs = (q, k, v)
-    return Match(inputs=inputs, outputs=(out,), emit=emit)
+    return Match(inputs=(q, k, v), outputs=(parts.out,), emit=emit)
 
 
-_Parts = tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, Any, float, fx.Node]
-
-
-def _sdpa(node: fx.Node) -> _Parts:
+def _sdpa(node: fx.Node) -> Parts:
     q, k, v = (as_node(a) for a in args_of(node)[:3])
-    mask = args_of(node)[3] if len(args_of(node)) > 3 else node.kwargs.get("attn_mask")
-    dropout, causal = (args_of(node)[i] if len(args_of(node)) > i else d for i, d in ((4, 0.0), (5, False)))
-    require(dropout == 0.0 and not causal and not node.kwargs.get("dropout_p"), "dropout or is_causal inside the op", node)
-    require(not node.kwargs.get("is_causal"), "is_causal inside the op", node)
-    scale = node.kwargs.get("scale")
-    return q, k, v, None, mask, float(scale) if isinstance(scale, float) else shape_of(q)[-1] ** -0.5, node
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), args_of(node)[3:], strict=False)) | node.kwargs
+    mask, causal, scale = given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale")
+    require(not given.get("dropout_p"), "dropout inside the op", node)
+    require(not (causal and mask is not None), "is_causal beside a mask", node)
+    width = scale if isinstance(scale, float) else shape_of(q)[-1] ** -0.5
+    return Parts(q=q, k=k, v=v, sink=None, mask=mask, scale=width, out=node, causal=causal)
 
 
-def _softmax(softmax: fx.Node) -> _Parts:
+def _softmax(softmax: fx.Node) -> Parts:
     require(args_of(softmax)[1] in (-1, 3), "the softmax is not over the keys", softmax)
     scores, probs = uncast(args_of(softmax)[0]), softmax
     if is_op(scores, A.sub.Tensor):  # minus its own row maximum: changes nothing
@@ -119,7 +140,7 @@ def _softmax(softmax: fx.Node) -> _Parts:
     out = only(users_through(probs, *_CASTS_AND_DROPOUT), "use of the probabilities", probs)
     the_op(out, "probabilities times values", A.matmul.default)
     k, v = (as_node(unwidened(x)) for x in (args_of(keys)[0], args_of(out)[1]))
-    return q, k, v, sink, mask, scale, _cast_back(out, q)
+    return Parts(q=q, k=k, v=v, sink=sink, mask=mask, scale=scale, out=_cast_back(out, q))
 
 
 def _cast_back(out: fx.Node, q: fx.Node) -> fx.Node:
@@ -156,7 +177,8 @@ def _unscale(scores: fx.Node) -> tuple[fx.Node, float]:
     return scores, 1.0
 
 
-def _anchors(graph: fx.Graph) -> list[fx.Node]:
+def anchors(graph: fx.Graph) -> list[fx.Node]:
+    """Return softmax nodes of rank 4 and SDPA nodes."""
     return [
         node
         for node in graph.nodes
@@ -165,4 +187,4 @@ def _anchors(graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
-FUSION = Fusion(name="sink_attention", anchors=_anchors, match=match)
+FUSION = Fusion(name="sink_attention", anchors=anchors, match=match)

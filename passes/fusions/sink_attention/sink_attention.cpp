@@ -82,14 +82,14 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
         }
       }
     });
-    const auto find = [&](int64_t sequence, int64_t kv) {
-      return [=](int64_t key, int64_t end, const T** k_at, const T** v_at, int64_t* stride) {
-        const int64_t column = key / block_size, first = key - column * block_size;
+    const int64_t width = whole(dim, LANES);
+    const auto decode = [&](int64_t sequence, int64_t kv) {
+      return [=](int64_t key, int64_t end, float* keys_out, float* values_out, Floats* zeros) {
+        const int64_t column = key / block_size, first = key - column * block_size, count = std::min(block_size - first, end - key);
         const int64_t offset = (table[sequence * columns + column] * kv_heads + kv) * dim * block_size;
-        *k_at = keys + offset + first;
-        *v_at = values + offset + first * dim;
-        *stride = block_size;
-        return std::min(block_size - first, end - key);
+        for (int64_t d = 0; d < dim; ++d) widen_all(keys + offset + first + d * block_size, count, keys_out + d * TILE);
+        for (int64_t i = 0; i < count; ++i) *zeros += widen_all(values + offset + (first + i) * dim, dim, values_out + i * width);
+        return count;
       };
     };
     const T* queries = data<T>(q_in);
@@ -118,8 +118,8 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
       for (int64_t item; (item = next.fetch_add(1)) < items;) {
         const auto [t, count] = runs[item / kv_heads];
         const int64_t kv = item % kv_heads, at = (t * heads + kv * group) * dim;
-        work.run(queries + at, heads * dim, count, index[t], sink ? &sinks[kv * group] : nullptr, window, static_cast<float>(scale),
-                 find(owner[t], kv), results + at);
+        work.run(queries + at, heads * dim, dim, count, Causal{index[t], count, window}, sink ? &sinks[kv * group] : nullptr,
+                 static_cast<float>(scale), decode(owner[t], kv), results + at, heads * dim);
       }
     });
   });

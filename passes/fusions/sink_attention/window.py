@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from oxfuse.passes.graph import Refusal, ancestors, in_order, require
+from oxfuse.passes.graph import Refusal, ancestors, in_order, require, shape_of
 
 _LONGEST = 1 << 20
 
@@ -15,19 +15,24 @@ _LONGEST = 1 << 20
 def window_of(graph: fx.Graph, mask: fx.Node) -> int:
     """Return the sliding window of a causal mask, in tokens with the query itself; 0 if it sees everything before it.
 
-    The mask's nodes run on one sequence longer than every constant in them, and each entry is looked at. Inputs of the program
-    are consecutive positions. Raises Refusal if the mask reads a weight or anything else that is not a position, or is neither
-    causal nor a causal window.
+    The mask's nodes run on one sequence longer than every constant in them, or of its length where that is fixed, and each entry
+    is looked at. Inputs of the program are consecutive positions, and sizes follow from the length. Raises Refusal if the mask
+    reads a weight or anything else that is not a position, or is neither causal nor a causal window.
     """
     region = in_order(graph, ancestors([mask]))
-    length = 5 + max((a for n in region for a in _integers(n) if a < _LONGEST), default=1)
+    size = shape_of(mask)[-1]
+    fixed = isinstance(size, int)
+    length = size if fixed else 5 + max((a for n in region for a in _integers(n) if a < _LONGEST), default=1)
     env: dict[fx.Node, Any] = {}
     for node in region:
         if node.op == "get_attr":
             raise Refusal(f"the mask reads the tensor {node.target}", node)
         if node.op == "placeholder":
             if not isinstance(node.meta.get("val"), Tensor):
-                raise Refusal(f"the mask reads the input {node.name}, which is no tensor", node)
+                env[node] = _size_of(node, size, length)
+                continue
+            if node.meta["val"].dtype == torch.bool or node.meta["val"].dtype.is_floating_point:
+                raise Refusal(f"the mask does not follow from positions alone: it reads the input {node.name}", node)
             env[node] = torch.arange(length).expand([1] * (node.meta["val"].dim() - 1) + [length])
         else:
             assert callable(node.target)
@@ -49,6 +54,16 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
     window = int(visible[-1].sum())
     require(torch.equal(visible, (j <= i) & (j > i - window)), "the mask is neither causal nor a causal window", mask)
     return 0 if window == length else window
+
+
+def _size_of(node: fx.Node, size: Any, length: int) -> int:
+    """Return what an input of the program that is a size counts where `size`, that of the mask, is `length`; batches count 1."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return length if isinstance(size, torch.SymInt) and value.node.expr == size.node.expr else 1
+    if isinstance(value, int):
+        return value
+    raise Refusal(f"the mask reads the input {node.name}, which is no tensor", node)
 
 
 def _integers(node: fx.Node) -> list[int]:
