@@ -19,6 +19,7 @@ from torch import Tensor
 from oxfuse.runtime.blocks import BlockPool
 from oxfuse.runtime.cache_size import block_bytes, blocks_for, prefill_chunk, size_cache
 from oxfuse.runtime.device import Best, Device, HostDevice, Step
+from oxfuse.runtime.errors import InternalError
 from oxfuse.runtime.manifest import CacheSpec, Limits
 from oxfuse.runtime.sequence import Feed, TokenSequence, split_feeds
 
@@ -59,6 +60,10 @@ class Engine:
         self.caches = self.device.allocate(cache, self.size)
         self.device.check(self.caches, cache, self.size)
         self.steps = 0
+
+    def close(self) -> None:
+        """Let the program, its weights and the caches go. Sequences may still be released; nothing can be run."""
+        self.step, self.caches, self.device = _closed, [], HostDevice()
 
     @property
     def used_blocks(self) -> int:
@@ -202,6 +207,10 @@ class Engine:
                     for index in range(old.start, old.stop):
                         table[index] = 0
                     sequence.live[group] = live
+
+
+def _closed(*_: object) -> Tensor:
+    raise InternalError("A step was asked of an engine that is closed.")
 
 
 def _joined(answers: list[Answer]) -> Answer:

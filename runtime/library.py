@@ -182,6 +182,14 @@ _capsule_pointer = ctypes.PYFUNCTYPE(c_void_p, ctypes.py_object, c_char_p)(("PyC
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, c_void_p, c_char_p, c_void_p)(("PyCapsule_New", ctypes.pythonapi))
 
 
+def borrow(tensor: Tensor) -> Tensor:
+    """Return a tensor on the same memory, which it does not own: whoever uses it keeps the other one."""
+    handle = _borrowed(tensor).value
+    (borrowed,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(handle, None, None)])
+    assert isinstance(borrowed, Tensor)
+    return borrowed
+
+
 def _borrowed(tensor: Tensor) -> c_void_p:
     """Return a handle of a tensor on the same memory, which it does not own."""
     handle, dims = c_void_p(), tensor.dim()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oxfuse.runtime.accelerator import Accelerator
 from oxfuse.runtime.errors import InternalError, UserError, shown
-from oxfuse.runtime.library import DTYPE_CODES, Library, loadable_path
+from oxfuse.runtime.library import DTYPE_CODES, Library, borrow, loadable_path
 from oxfuse.runtime.manifest import OpsLibrary, ProgramSpec
 from oxfuse.runtime.weights import damaged
 
@@ -65,7 +65,8 @@ class Program:
         self._inputs = len(spec.inputs)
         names, dtypes = self._runner.get_constant_names_to_original_fqns(), self._runner.get_constant_names_to_dtypes()
         self._constants = _constants(path, spec, weights, names, dtypes)
-        self._runner.update_constant_buffer(self._constants, False, True, user_managed=True)
+        lent = {name: borrow(tensor) for name, tensor in self._constants.items()}  # the library never lets go of what it is given
+        self._runner.update_constant_buffer(lent, False, True, user_managed=True)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Run one step. Mutates the caches among `inputs`. Raises InternalError where the library fails."""

@@ -21,6 +21,8 @@ from oxfuse.runtime.engine import Answer, Engine
 from oxfuse.runtime.errors import InternalError, UserError
 from oxfuse.runtime.sequence import Feed, Rows, TokenSequence
 
+CLOSED = "The model is closed. Load it again with oxfuse.load."
+
 
 class Job(ABC):
     """Pending tokens of one sequence, and what becomes of their logits.
@@ -80,14 +82,16 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self._abandoned: deque[TokenSequence | Job] = deque()
+        self._closed = False
 
     def run(self, jobs: Sequence[Job], on_step: Callable[[], object] | None = None) -> None:
         """Run jobs to their end; `on_step` is called after each step. On any exception none of them is left in the scheduler.
 
-        Raises the error of the first job that failed.
+        Raises the error of the first job that failed, UserError after `close`.
         """
         try:
             with self.lock:
+                self._open()
                 self.waiting += jobs
             while self.advance(lambda: all(job.done for job in jobs)):
                 if on_step:
@@ -101,6 +105,7 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Queue a job."""
         with self.lock:
+            self._open()
             self.waiting.append(job)
 
     def advance(self, enough: Callable[[], bool]) -> bool:
@@ -116,6 +121,18 @@ class Scheduler:
         with self.lock:
             for job in jobs:
                 self._retire(job)
+
+    def close(self) -> None:
+        """End all jobs with an error and let the engine go; waits for a step that runs."""
+        with self.lock:
+            self._closed = True
+            for job in [*self.running, *self.waiting]:
+                self._retire(job, UserError(CLOSED))
+            self.engine.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise UserError(CLOSED)
 
     def abandon(self, item: TokenSequence | Job) -> None:
         """Do `cancel`, or release a sequence, from a finalizer: at once if the lock is free, else as soon as it is.

@@ -151,7 +151,7 @@ def test_a_graph_without_a_match_runs_as_it_is() -> None:
 
 def test_gradients_are_refused() -> None:
     model = nn.Linear(4, 4)
-    with pytest.raises(Exception, match="computes no gradients.*torch.no_grad"):
+    with pytest.raises(Exception, match=r"computes no gradients.*torch\.no_grad"):
         torch.compile(model, backend="oxfuse")(torch.ones(1, 4))
 
 

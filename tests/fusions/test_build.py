@@ -214,5 +214,9 @@ def test_moe_refuses(ops: OpsBuild) -> None:
         cpp(ops, "moe_dispatch")(x, router, rest[0], rest[1], rest[2][:, :-1], *rest[3:])
     with pytest.raises(RuntimeError, match="weights must be contiguous"):
         cpp(ops, "moe_dispatch")(x, router.T.contiguous().T, *rest)
+    _, _, _, dense, none, *others = case(MOE, "one token")
+    with pytest.raises(RuntimeError, match="experts' weights must be contiguous, as rows or as columns"):
+        columns = dense.transpose(1, 2).contiguous().transpose(1, 2)
+        cpp(ops, "moe_dispatch")(*case(MOE, "one token")[:3], columns, none, *others)
     with pytest.raises(RuntimeError, match="top_k 9 of 4"):
         cpp(ops, "moe_dispatch")(x, router, *rest[:-3], 9, *rest[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import oxfuse
+from oxfuse.errors import UserError
 
 THREADS, REQUESTS = 8, 20
 
@@ -39,6 +41,22 @@ def test_eight_threads_get_the_tokens_of_one(compiled) -> None:
             (expected,) = alone.generate(prompt(thread, request), max_new_tokens=6, stop_token_ids=[])
             assert tokens == list(expected.token_ids), (thread, request)
     assert len({tuple(tokens) for found in together for tokens in found}) > 0.9 * THREADS * REQUESTS
+
+
+def test_a_model_closes(compiled, tmp_path: Path) -> None:
+    """Its weights are no longer mapped; what runs ends with an error, and so does what comes later."""
+    place = shutil.copytree(compiled("base")[2], tmp_path / "copy")
+    with oxfuse.load(place) as model:
+        session, stream = model.session(), model.stream([1, 2, 3], max_new_tokens=50, stop_token_ids=[])
+        session.prefill([4, 5])
+        next(stream)
+    for use in (lambda: model.generate([1]), lambda: next(stream), lambda: session.decode(1), lambda: model.logits([[1, 2]])):
+        with pytest.raises(UserError, match="The model is closed"):
+            use()
+    session.close()
+    model.close()
+    assert model.scheduler.engine.used_blocks == 0
+    assert str(place / "weights.safetensors") not in Path("/proc/self/maps").read_text()
 
 
 SESSIONS = """

@@ -36,7 +36,10 @@ __attribute__((noinline)) void stream_columns(const T* w, int64_t stride, int64_
       for (int64_t n = 0; n < whole; n += LANES) {
         Floats values[AHEAD];
 #pragma GCC unroll 4
-        for (int j = 0; j < AHEAD; ++j) values[j] = load(from + j * stride + n);
+        for (int j = 0; j < AHEAD; ++j) {
+          values[j] = load(from + j * stride + n);
+          __builtin_prefetch(from + (j + AHEAD) * stride + n);  // rows lie pages apart, which the processor does not foresee
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           Floats acc = load(out + m * STREAMED + n);

@@ -214,9 +214,9 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   // Weights are mapped files: a silent copy would cost their size in memory.
   const bool columns = !gate_up_scales && gate_up.numel() && down.numel() && torch::stable::transpose(gate_up, 1, 2).is_contiguous() &&
                        torch::stable::transpose(down, 1, 2).is_contiguous();
-  OXFUSE_CHECK(columns || (gate_up.is_contiguous() && down.is_contiguous()), "experts must be contiguous, as rows or as columns");
+  OXFUSE_CHECK(columns || (gate_up.is_contiguous() && down.is_contiguous()), "experts' weights must be contiguous, as rows or as columns");
   OXFUSE_CHECK(router_weight.is_contiguous() && (!gate_up_scales || (gate_up_scales->is_contiguous() && down_scales->is_contiguous())),
-               "the router's weights and scales must be contiguous");
+               "the router's weights must be contiguous, and scales");
 
   const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
   const Values router_b("router_bias", router_bias), gate_up_b("gate_up_bias", gate_up_bias), down_b("down_bias", down_bias);

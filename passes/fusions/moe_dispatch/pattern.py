@@ -125,6 +125,8 @@ def _stored(to: Emitter, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         parts = weight.parts()
         return to.weight(f"{name}_blocks", parts["blocks"]), to.weight(f"{name}_scales", parts["scales"])
     if weight.fixed:
+        device = node.meta["val"].device.type
+        require(device == "cpu", f"the kernels for {device} want experts as rows, and the module holds columns", node)
         return to.call(A.transpose.int, node, 1, 2), None
     return to.weight(f"{name}_rows", weight.then(SwapRowsAndColumns())), None
 
