@@ -4,7 +4,7 @@
 #include "model.h"
 #include "oxfuse.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>

@@ -3,8 +3,8 @@
 #include "failure.h"
 #include "weights.h"
 
-#include <ATen/Functions.h>
-
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <algorithm>
 #include <cassert>
 #include <cerrno>

@@ -8,7 +8,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
-#include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <optional>

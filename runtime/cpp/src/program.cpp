@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include "library_file.h"
 #include "failure.h"
 #include "sha256.h"
 
@@ -94,6 +95,7 @@ void load_ops_library(const std::filesystem::path& folder, const OpsLibrary& spe
     return;
   }
   const std::string path = std::filesystem::absolute(folder / spec.path).string();
+  check_library(path, spec.probe.substr(spec.probe.rfind(':') + 1));
   if (dlopen(path.c_str(), RTLD_NOW) == nullptr) {  // never closed: what it registers stays
     throw Failure(OXFUSE_BAD_ARTIFACT, path + " cannot be loaded: " + dlerror() + ". Compile the checkpoint again on this machine.");
   }
@@ -107,6 +109,7 @@ Program::Program(
     at::Device device)
     : name_(spec.name) {
   const std::filesystem::path path = folder / spec.path / spec.library;
+  check_library(path, "AOTInductorModelContainerCreateWithDevice");
   const std::string library = loadable_path(path);
   try {
     runner_ = std::make_unique<Runner>(library, device, std::filesystem::canonical(path).parent_path().string());

@@ -3,8 +3,6 @@
 #include "failure.h"
 #include "model.h"
 
-#include <ATen/Functions.h>
-
 #include <algorithm>
 
 namespace oxfuse::internal {

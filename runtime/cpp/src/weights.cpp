@@ -4,8 +4,8 @@
 #include "json.h"
 #include "sha256.h"
 
-#include <ATen/Functions.h>
-
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <algorithm>
 #include <array>
 #include <cerrno>
