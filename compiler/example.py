@@ -31,16 +31,17 @@ target_link_libraries(example PRIVATE oxfuse::oxfuse)
 README = """\
 # A C++ program that runs this artifact
 
-`main.cpp` generates from token ids and prints each as it comes. It needs CMake, a C++20 compiler and libtorch {torch}, which the pip
-package of torch has inside; Python is asked for its place and is not in the program.
+`main.cpp` generates from token ids and prints each as it comes. It needs CMake, a C++20 compiler and libtorch {torch}, which the
+pip package of torch has inside; Python is asked for its place and is not in the program.
 
 ```bash
-cmake -S . -B build -DCMAKE_PREFIX_PATH="$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')" && cmake --build build -j
+cmake -S . -B build -DCMAKE_PREFIX_PATH="$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+cmake --build build -j
 build/example .. '1 2 3' -n 20
 ```
 
-The artifact is the folder above this one. `oxfuse/include/oxfuse.h` says what a program in C may call, `oxfuse.hpp` is the same for
-C++. With `cmake --install build --prefix PLACE` other projects find the library by `find_package(oxfuse)`.
+The artifact is the folder above this one. `oxfuse/include/oxfuse.h` says what a program in C may call, `oxfuse.hpp` is the same
+for C++. With `cmake --install build --prefix PLACE` other projects find the library by `find_package(oxfuse)`.
 """
 
 

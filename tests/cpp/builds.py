@@ -20,7 +20,8 @@ SOURCES = Path(oxfuse.__file__).parent / "runtime" / "cpp"
 HERE = Path(__file__).parent
 SUPPRESSIONS = HERE / "lsan.supp"
 STATUS = (
-    "ok", "bad argument", "bad artifact", "unsupported", "unfit host", "out of cache", "context exceeded", "out of memory", "internal",
+    "ok", "bad argument", "bad artifact", "unsupported", "unfit host", "out of cache", "context exceeded", "out of memory",
+    "internal",
 )  # fmt: skip
 FINISH = {1: "stop", 2: "length"}
 

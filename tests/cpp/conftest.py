@@ -22,7 +22,7 @@ def driver(library: Build) -> Iterator[Driver]:
 
 @pytest.fixture
 def loaded(driver: Driver, compiled: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Return (case, artifact, driver) with the artifact of a configuration loaded as model `m`, in a process of the test's own."""
+    """Return (case, artifact, driver) with the artifact of a configuration loaded as model `m`, in a process of its own."""
 
     def get(name: str, load: dict[str, object] | None = None, **options: object) -> tuple:
         case, _, artifact = compiled(name, **options)

@@ -1,5 +1,6 @@
-// Does what it is told on standard input, a line for each call, its words parted by tabs; answers with a line that begins with "ok", or
-// with "error", a tab, the status and the message. Logits cross as the hexadecimal digits of their bytes, so that not a bit is lost.
+// Does what it is told on standard input, a line for each call, its words parted by tabs; answers with a line that begins with
+// "ok", or with "error", a tab, the status and the message. Logits cross as the hexadecimal digits of their bytes, so that not a
+// bit is lost.
 
 #include <oxfuse.hpp>
 
@@ -149,8 +150,8 @@ std::string generate(const Words& words) {
   return text(ids) + "\t" + std::to_string(generation.finish()) + "\t" + logits;
 }
 
-// parallel MODEL THREADS IDS [options]: each thread opens a session of its own and generates; the tokens of each, and of failures the
-// message.
+// parallel MODEL THREADS IDS [options]: each thread opens a session of its own and generates; the tokens of each, and of failures
+// the message.
 std::string parallel(const Words& words) {
   const auto count = static_cast<std::size_t>(std::stoi(words[2]));
   std::vector<std::string> results(count);
@@ -247,21 +248,25 @@ std::string answer(const Words& words) {
       {"load", load},
       {"unload", [](const Words& w) { return std::to_string(models.erase(w[1])); }},
       {"info", info},
-      {"open", [](const Words& w) {
+      {"open",
+       [](const Words& w) {
          sessions[w[1]] = std::make_unique<oxfuse::Session>(models.at(w[2])->session());
          return std::string();
        }},
-      {"fork", [](const Words& w) {
+      {"fork",
+       [](const Words& w) {
          sessions[w[1]] = std::make_unique<oxfuse::Session>(sessions.at(w[2])->fork());
          return std::string();
        }},
-      {"close", [](const Words& w) {  // the object stays, so that its use can be tried
+      {"close",
+       [](const Words& w) {  // the object stays, so that its use can be tried
          sessions.at(w[1])->close();
          return std::string();
        }},
       {"prefill", [](const Words& w) { return hex(sessions.at(w[1])->prefill(tokens(w[2]))); }},
       {"decode", [](const Words& w) { return hex(sessions.at(w[1])->decode(std::stoll(w[2]))); }},
-      {"rewind", [](const Words& w) {
+      {"rewind",
+       [](const Words& w) {
          sessions.at(w[1])->rewind(std::stoll(w[2]));
          return std::string();
        }},
@@ -269,12 +274,14 @@ std::string answer(const Words& words) {
       {"batch", batch},
       {"generate", generate},
       {"parallel", parallel},
-      {"sampler", [](const Words& w) {
+      {"sampler",
+       [](const Words& w) {
          samplers[w[1]] = std::make_unique<oxfuse::Sampler>(sampling(w));
          return std::string();
        }},
       // sample SAMPLER LOGITS TOKENS COUNT: draws COUNT times
-      {"sample", [](const Words& w) {
+      {"sample",
+       [](const Words& w) {
          oxfuse::Tokens out;
          for (int i = std::stoi(w[4]); i > 0; --i) {
            out.push_back(samplers.at(w[1])->sample(floats(w[2]), tokens(w[3])));

@@ -73,8 +73,10 @@ def test_greedy_tokens_and_logits_are_those_of_python(loaded, name, options):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @pytest.mark.parametrize("name", ["base", pytest.param("neox", marks=pytest.mark.slow)])
 def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, name, seed):
-    """Random calls on several sessions, in chunks, in a cache too small for all of them: logits to the last bit, the same refusals,
-    blocks and steps."""
+    """Random calls on several sessions, in chunks, in a cache too small for all of them.
+
+    Logits are equal to the last bit, and so are refusals, blocks and steps.
+    """
     case, _, artifact = compiled(name)
     artifact = in_chunks(artifact, tmp_path / "chunked", tokens=32, max_context=400, max_batch=1)
     model = oxfuse.load(artifact)
@@ -82,25 +84,46 @@ def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, nam
     chance = random.Random(seed)
     ours: dict[str, oxfuse.Session] = {}
     seen: dict[str, int] = {}
+
+    def in_python(what: str, session: str, new: str, ids: list[int], to: int) -> torch.Tensor | None:
+        match what:
+            case "open":
+                ours[session] = model.session()
+            case "fork":
+                ours[new] = ours[session].fork()
+            case "close":
+                ours.pop(session).close()
+            case "rewind":
+                ours[session].rewind(to)
+            case _:
+                return ours[session].prefill(ids if what == "prefill" else ids[:1])
+        return None
+
+    def in_cpp(what: str, session: str, new: str, ids: list[int], to: int) -> torch.Tensor | None:
+        match what:
+            case "open":
+                driver.call("open", session, "m")
+            case "fork":
+                driver.call("fork", new, session)
+            case "close":
+                driver.call("close", session)
+            case "rewind":
+                driver.call("rewind", session, to)
+            case _:
+                return driver.logits(what, session, ids_text(ids if what == "prefill" else ids[:1]))
+        return None
+
     for step in range(70):
         what = chance.choices(["prefill", "decode", "rewind", "fork", "open", "close"], [6, 6, 5, 1, 1, 0.5])[0]
         session = chance.choice([*ours]) if ours else ""
         if what == "open" or not ours:
             session, what = f"s{step}", "open"
         ids = [chance.randrange(case.vocabulary) for _ in range(chance.choice([2, 10, 40, 90, 200]))]
-        new, to = f"f{step}", chance.randint(0, ours[session].length) if ours.get(session) else 0
-        calls = {
-            "open": (lambda: ours.update({session: model.session()}), lambda: driver.call("open", session, "m")),
-            "fork": (lambda: ours.update({new: ours[session].fork()}), lambda: driver.call("fork", new, session)),
-            "close": (lambda: ours.pop(session).close(), lambda: driver.call("close", session)),
-            "prefill": (lambda: ours[session].prefill(ids), lambda: driver.logits("prefill", session, ids_text(ids))),
-            "decode": (lambda: ours[session].decode(ids[0]), lambda: driver.logits("decode", session, ids[0])),
-            "rewind": (lambda: ours[session].rewind(to), lambda: driver.call("rewind", session, to)),
-        }
-        results = []
-        for call, refusal in zip(calls[what], (UserError, CallError), strict=True):
+        to = chance.randint(0, ours[session].length) if session in ours else 0
+        results: list[torch.Tensor | str | None] = []
+        for call, refusal in ((in_python, UserError), (in_cpp, CallError)):
             try:
-                results.append(call())
+                results.append(call(what, session, f"f{step}", ids, to))
             except refusal as error:
                 results.append(str(error))
         expected, got = results

@@ -267,7 +267,9 @@ def test_whatever_bytes_change_the_process_lives(driver: Driver, copy, count):
         except CallError as error:
             statuses.add(error.status)
         shutil.rmtree(one.folder)
-    assert "bad artifact" in statuses and statuses <= {"ok", "bad artifact", "unfit host", "unsupported", "out of memory"}, statuses
+    assert "bad artifact" in statuses and statuses <= {"ok", "bad artifact", "unfit host", "unsupported", "out of memory"}, (
+        statuses
+    )
     assert_lives(driver, copy().folder)
 
 
@@ -313,7 +315,7 @@ def test_a_full_check_hashes_the_weights(driver: Driver, copy):
     data[-3] ^= 1
     one.write(WEIGHTS, bytes(data))
     driver.call("load", "m", one.folder)  # a quick one reads no weights
-    with pytest.raises(CallError, match="bad artifact: .* has changed since it was compiled"):
+    with pytest.raises(CallError, match=r"bad artifact: .* has changed since it was compiled"):
         driver.call("load", "bad", one.folder, check="full")
     driver.call("load", "m", copy().folder, check="full")
 

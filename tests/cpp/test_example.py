@@ -20,7 +20,7 @@ from .builds import ids_text
 
 
 def test_the_example_is_whole_and_changes_nothing(compiled, tmp_path):
-    case, checkpoint, plain = compiled("base")
+    case, _, plain = compiled("base")
     artifact = compiled("base", emit_example="cpp")[2]
     folder = artifact / FOLDER
     library = [path.relative_to(SOURCES) for path in SOURCES.rglob("*") if path.is_file() and "examples" not in path.parts]
@@ -64,8 +64,9 @@ def test_the_commands_of_its_readme_build_and_run_it(compiled, tmp_path):
     case, _, artifact = compiled("base", emit_example="cpp")
     copy = shutil.copytree(artifact, tmp_path / "elsewhere")
     (block,) = re.findall(r"```bash\n(.*?)```", (copy / FOLDER / "README.md").read_text(), re.DOTALL)
-    build, use = block.replace("python3", shlex.quote(sys.executable)).splitlines()
-    subprocess.run(build, shell=True, check=True, cwd=copy / FOLDER, capture_output=True)
+    *build, use = block.replace("python3", shlex.quote(sys.executable)).splitlines()
+    for command in build:
+        subprocess.run(command, shell=True, check=True, cwd=copy / FOLDER, capture_output=True)
     prompt = random_ids(case, 30).tolist()
     use = use.replace("1 2 3", ids_text(prompt))
     printed = subprocess.run(use, shell=True, check=True, cwd=copy / FOLDER, capture_output=True, text=True).stdout

@@ -50,7 +50,7 @@ def test_filters_keep_what_they_keep_in_python(driver: Driver, options):
 
 
 def test_draws_follow_the_distribution(driver: Driver):
-    """Pearson's statistic over 4,000 draws: expected near the degrees of freedom; and another order of seeds gives other draws."""
+    """Pearson's statistic over 4,000 draws: expected near the degrees of freedom; another seed gives other draws."""
     options = {"temperature": 1.5, "top_k": 30, "top_p": 0.95}
     logits, count = rows()[1], 4000
     expected = distribution(logits, [], SamplingOptions(**options))

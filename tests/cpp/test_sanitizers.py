@@ -40,9 +40,7 @@ def test_the_sample_programs_are_clean(sanitized, compiled, name, options):
         [sanitized.samples / "oxfuse_generate", artifact, ids_text(prompt), "-n", 30, "--temperature", 1, "--top-p", 0.9],
         [sanitized.samples / "oxfuse_generate_c", "/nowhere", 30, *prompt],
     ):
-        done = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
-        )
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
         expected = 2 if "/nowhere" in command else 0
         assert done.returncode == expected and "Sanitizer" not in done.stderr, done.stderr[-4000:]
 

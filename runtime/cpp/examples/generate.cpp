@@ -3,8 +3,8 @@
 //   oxfuse_generate ARTIFACT 'ID ID ...' [-n N] [--temperature T] [--top-k K] [--top-p P] [--min-p P] [--seed S] [--threads N]
 //                   [--ignore-eos] [--logits FILE]
 //
-// --logits writes the logits from which each token was taken: float32, [tokens, vocabulary], without a header. Exit code: 0, 2 where
-// the arguments or the artifact do not fit, 70 for a fault of the library.
+// --logits writes the logits from which each token was taken: float32, [tokens, vocabulary], without a header. Exit code: 0, 2
+// where the arguments or the artifact do not fit, 70 for a fault of the library.
 
 #include <oxfuse.hpp>
 

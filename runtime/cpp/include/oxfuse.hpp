@@ -2,10 +2,11 @@
 //
 //   oxfuse::Model model("gpt-oss-20b-cpu");
 //   oxfuse::Session session = model.session();
-//   for (std::int64_t token : session.generate({1, 2, 3}, oxfuse::GenerateOptions().max_new_tokens(50))) std::cout << token << ' ';
+//   for (std::int64_t token : session.generate({1, 2, 3}, oxfuse::GenerateOptions().max_new_tokens(50))) std::cout << token << '
+//   ';
 //
-// Header-only over the C interface, whose rules of ownership and threads hold here too. What fails throws oxfuse::Error. Objects move
-// and do not copy; one that was moved from is closed, and whatever is asked of it throws.
+// Header-only over the C interface, whose rules of ownership and threads hold here too. What fails throws oxfuse::Error. Objects
+// move and do not copy; one that was moved from is closed, and whatever is asked of it throws.
 
 #pragma once
 
@@ -136,7 +137,8 @@ class Sampler {
   std::vector<double> probabilities(const Logits& logits, const Tokens& tokens = {}) {
     std::vector<double> out(logits.size());
     detail::check(
-        oxfuse_sample_probabilities(handle_.get(), logits.data(), logits.size(), tokens.data(), tokens.size(), out.data()));
+        oxfuse_sample_probabilities(handle_.get(), logits.data(), logits.size(), tokens.data(), tokens.size(), out.data())
+    );
     return out;
   }
 
@@ -297,7 +299,9 @@ class Model {
     detail::check(oxfuse_decode_batch(raw.data(), tokens.data(), raw.size(), flat.data()));
     std::vector<Logits> out;
     for (std::size_t i = 0; i < sessions.size(); ++i) {
-      out.emplace_back(flat.begin() + static_cast<std::ptrdiff_t>(i * width), flat.begin() + static_cast<std::ptrdiff_t>((i + 1) * width));
+      out.emplace_back(
+          flat.begin() + static_cast<std::ptrdiff_t>(i * width), flat.begin() + static_cast<std::ptrdiff_t>((i + 1) * width)
+      );
     }
     return out;
   }

@@ -38,8 +38,7 @@ thread_local std::string last_error;
 oxfuse_status failed(oxfuse_status status, const char* message) noexcept {
   try {
     last_error.assign(message);
-    std::replace_if(
-        last_error.begin(), last_error.end(), [](unsigned char byte) { return byte < 0x20 || byte == 0x7F; }, ' ');
+    std::replace_if(last_error.begin(), last_error.end(), [](unsigned char byte) { return byte < 0x20 || byte == 0x7F; }, ' ');
   } catch (...) {
     last_error.clear();  // no memory for the message
   }
@@ -98,7 +97,8 @@ Options options_of(const Options* options, Options (*defaults)()) {
     throw Failure(
         OXFUSE_BAD_ARGUMENT, "The options have struct_size " + std::to_string(options->struct_size) + ", expected " +
                                  std::to_string(sizeof(Options)) + ": begin with the function that returns the defaults, and " +
-                                 "build with the header of this library.");
+                                 "build with the header of this library."
+    );
   }
   return *options;
 }
@@ -211,7 +211,8 @@ oxfuse_status oxfuse_model_get_info(const oxfuse_model* model, oxfuse_model_info
         engine.used_blocks(),
         engine.steps(),
         held.manifest.eos_token_ids.data(),
-        held.manifest.eos_token_ids.size()};
+        held.manifest.eos_token_ids.size()
+    };
   });
 }
 
@@ -289,7 +290,8 @@ void oxfuse_sampler_close(oxfuse_sampler** sampler) {
 }
 
 oxfuse_status oxfuse_sample(
-    oxfuse_sampler* sampler, const float* logits, size_t vocab_size, const int64_t* tokens, size_t count, int64_t* token) {
+    oxfuse_sampler* sampler, const float* logits, size_t vocab_size, const int64_t* tokens, size_t count, int64_t* token
+) {
   return guarded([&] {
     oxfuse_sampler& one = given(sampler, "sampler");
     const at::Tensor row = borrowed(logits, vocab_size);
@@ -301,7 +303,8 @@ oxfuse_status oxfuse_sample(
 }
 
 oxfuse_status oxfuse_sample_probabilities(
-    oxfuse_sampler* sampler, const float* logits, size_t vocab_size, const int64_t* tokens, size_t count, double* probabilities) {
+    oxfuse_sampler* sampler, const float* logits, size_t vocab_size, const int64_t* tokens, size_t count, double* probabilities
+) {
   return guarded([&] {
     oxfuse_sampler& one = given(sampler, "sampler");
     const at::Tensor row = borrowed(logits, vocab_size);
@@ -314,7 +317,8 @@ oxfuse_status oxfuse_sample_probabilities(
 
 oxfuse_status oxfuse_generation_open(
     oxfuse_session* session, const int64_t* prompt, size_t count, const oxfuse_generate_options* options,
-    oxfuse_generation** generation) {
+    oxfuse_generation** generation
+) {
   return guarded([&] {
     given(generation, "generation") = nullptr;
     const oxfuse_generate_options chosen = options_of(options, oxfuse_generate_options_default);

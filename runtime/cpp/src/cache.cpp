@@ -15,9 +15,9 @@
 namespace oxfuse::internal {
 namespace {
 
-constexpr int64_t prefill_tokens = 1024;        // enough to fill the experts' tiles, few enough that decodes need not wait long
-constexpr uintptr_t cache_alignment = 16;       // bytes; a program copies a cache that is not, and what it writes is lost
-constexpr int64_t gpu_step_tokens = 2048;       // as runtime/memory_plan.py, as the next four
+constexpr int64_t prefill_tokens = 1024;   // enough to fill the experts' tiles, few enough that decodes need not wait long
+constexpr uintptr_t cache_alignment = 16;  // bytes; a program copies a cache that is not, and what it writes is lost
+constexpr int64_t gpu_step_tokens = 2048;  // as runtime/memory_plan.py, as the next four
 constexpr int64_t gpu_rows = 128;
 constexpr int64_t gpu_reserve = int64_t(512) << 20;
 constexpr int64_t gpu_token_bytes = int64_t(256) << 10;
@@ -89,9 +89,10 @@ CacheSize size_cache(const CacheSpec& spec, const Limits& limits, int64_t chunk,
   const CacheSize least = sized(spec, limits, 0, chunk, reserve);
   if (least.bytes > cache_bytes) {
     throw Failure(
-        OXFUSE_BAD_ARGUMENT, "cache_bytes is " + std::to_string(cache_bytes) + "; the smallest cache that can run a prefill chunk of " +
-                                 std::to_string(chunk) + " tokens takes " + std::to_string(least.bytes) +
-                                 " bytes. Give at least that much.");
+        OXFUSE_BAD_ARGUMENT, "cache_bytes is " + std::to_string(cache_bytes) +
+                                 "; the smallest cache that can run a prefill chunk of " + std::to_string(chunk) +
+                                 " tokens takes " + std::to_string(least.bytes) + " bytes. Give at least that much."
+    );
   }
   int64_t low = 0, high = units;  // low fits, high does not
   while (high - low > 1) {
@@ -108,7 +109,8 @@ Limits gpu_step_limits(const Limits& limits) {
 }
 
 int64_t plan_gpu_caches(
-    const Manifest& manifest, const Limits& limits, int64_t chunk, int64_t weights, int64_t free, int64_t cache_bytes) {
+    const Manifest& manifest, const Limits& limits, int64_t chunk, int64_t weights, int64_t free, int64_t cache_bytes
+) {
   const int64_t logits = gpu_rows * times(manifest.vocab_size, 8);
   const int64_t workspace = plus(logits, times(limits.max_step_tokens, gpu_token_bytes));
   const int64_t left = free - weights - workspace - gpu_reserve;
@@ -117,11 +119,13 @@ int64_t plan_gpu_caches(
   const int64_t needed = cache_bytes ? wanted : least;
   if (needed > left) {
     throw Failure(
-        OXFUSE_OUT_OF_MEMORY, "The GPU has " + std::to_string(free) + " bytes free, the artifact needs " +
-                                  std::to_string(plus(plus(weights, needed), workspace + gpu_reserve)) + ": weights " +
-                                  std::to_string(weights) + ", caches " + std::to_string(needed) + ", workspace of a step " +
-                                  std::to_string(workspace) + ", reserve " + std::to_string(gpu_reserve) +
-                                  ". End what else uses its memory, give a smaller cache_bytes, or compile with a smaller max_context.");
+        OXFUSE_OUT_OF_MEMORY,
+        "The GPU has " + std::to_string(free) + " bytes free, the artifact needs " +
+            std::to_string(plus(plus(weights, needed), workspace + gpu_reserve)) + ": weights " + std::to_string(weights) +
+            ", caches " + std::to_string(needed) + ", workspace of a step " + std::to_string(workspace) + ", reserve " +
+            std::to_string(gpu_reserve) +
+            ". End what else uses its memory, give a smaller cache_bytes, or compile with a smaller max_context."
+    );
   }
   return std::min(wanted, left);
 }
@@ -172,10 +176,13 @@ Caches::Caches(const CacheSpec& spec, const CacheSize& size, at::Device device) 
   try {
     for (size_t layer = 0; layer < blocks.size(); ++layer) {
       const int64_t heads = spec.kv_heads[layer], dim = spec.head_dim[layer];
-      for (const auto& shape : {std::vector<int64_t>{blocks[layer], heads, dim, spec.block_size}, {blocks[layer], heads, spec.block_size, dim}}) {
+      for (const auto& shape :
+           {std::vector<int64_t>{blocks[layer], heads, dim, spec.block_size}, {blocks[layer], heads, spec.block_size, dim}}) {
         tensors_.push_back(device.is_cpu() ? reserve(shape, dtype) : at::empty(shape, at::TensorOptions(dtype).device(device)));
         if (reinterpret_cast<uintptr_t>(tensors_.back().data_ptr()) % cache_alignment) {
-          throw Failure(OXFUSE_INTERNAL, "A cache begins at an address that is no multiple of 16, where a program would copy it.");
+          throw Failure(
+              OXFUSE_INTERNAL, "A cache begins at an address that is no multiple of 16, where a program would copy it."
+          );
         }
       }
     }
@@ -204,9 +211,10 @@ at::Tensor Caches::reserve(const std::vector<int64_t>& shape, at::ScalarType dty
   void* begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (begin == MAP_FAILED) {
     throw Failure(
-        OXFUSE_OUT_OF_MEMORY, "The system refuses to reserve " + std::to_string(bytes) + " bytes for a cache: " +
-                                  std::generic_category().message(errno) +
-                                  ". Load with a smaller cache_bytes, or compile with a smaller max_context or max_batch.");
+        OXFUSE_OUT_OF_MEMORY, "The system refuses to reserve " + std::to_string(bytes) +
+                                  " bytes for a cache: " + std::generic_category().message(errno) +
+                                  ". Load with a smaller cache_bytes, or compile with a smaller max_context or max_batch."
+    );
   }
   pages_.push_back({begin, static_cast<size_t>(bytes)});
   return at::from_blob(begin, shape, at::TensorOptions(dtype));

@@ -36,7 +36,8 @@ Limits gpu_step_limits(const Limits& limits);
 // Return the bytes that a GPU's caches may take beside `weights` bytes of weights. Throws Failure that prints the bytes where the
 // smallest cache, or one of `cache_bytes` where that is not 0, does not fit.
 int64_t plan_gpu_caches(
-    const Manifest& manifest, const Limits& limits, int64_t chunk, int64_t weights, int64_t free, int64_t cache_bytes);
+    const Manifest& manifest, const Limits& limits, int64_t chunk, int64_t weights, int64_t free, int64_t cache_bytes
+);
 
 // Counted references to the blocks of one group, numbered from 1 to `blocks` - 1. Block 0 is never handed out: it pads tables and
 // stands for freed entries. Low numbers go first, so that what was never needed is never committed.
@@ -69,8 +70,8 @@ class BlockPool {
   std::vector<int64_t> returned_;
 };
 
-// K and V of each layer in layer order, [blocks, kv_heads, head_dim, block_size] and [blocks, kv_heads, block_size, head_dim]. On a
-// CPU they are virtual memory, zeros that the system commits page by page as they are written.
+// K and V of each layer in layer order, [blocks, kv_heads, head_dim, block_size] and [blocks, kv_heads, block_size, head_dim]. On
+// a CPU they are virtual memory, zeros that the system commits page by page as they are written.
 class Caches {
  public:
   Caches(const CacheSpec& spec, const CacheSize& size, at::Device device);

@@ -61,7 +61,8 @@ std::vector<BlockPool> pools_of(const CacheSize& size) {
 
 Engine::Engine(
     const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t chunk, at::Device device, int threads,
-    std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes)
+    std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
+)
     : cache(manifest.cache),
       limits(limits),
       size(size),
@@ -164,7 +165,9 @@ void Engine::truncate(TokenSequence& sequence, int64_t length) {
 bool Engine::secure(TokenSequence& sequence, int64_t count) {
   const int64_t end = blocks_for(sequence.cached + count, cache.block_size);
   const int64_t written = sequence.cached / cache.block_size, partial = sequence.cached % cache.block_size;
-  const auto copied = [&](size_t group) { return partial && pools_[group].shared(sequence.tables[group][written]); };
+  const auto copied = [&](size_t group) {
+    return partial && pools_[group].shared(sequence.tables[group][written]);
+  };
   const auto missing = [&](size_t group) {
     return std::max<int64_t>(0, end - static_cast<int64_t>(sequence.tables[group].size()));
   };
@@ -284,7 +287,8 @@ at::Tensor Engine::run(const std::vector<Feed>& feeds, const std::vector<int64_t
     for (int64_t g = 0; g < groups; ++g) {
       const auto& table = feeds[n].sequence->tables[g];
       std::copy_n(
-          table.begin(), std::min(width, static_cast<int64_t>(table.size())), tables.begin() + (g * sequences + n) * width);
+          table.begin(), std::min(width, static_cast<int64_t>(table.size())), tables.begin() + (g * sequences + n) * width
+      );
       for (int64_t t = starts[n]; t < starts[n + 1]; ++t) {
         slots[g * total + t] = table[positions[t] / cache.block_size] * cache.block_size + positions[t] % cache.block_size;
       }
@@ -294,11 +298,13 @@ at::Tensor Engine::run(const std::vector<Feed>& feeds, const std::vector<int64_t
   at::Tensor logits = run_program(
       decodes ? *decode_ : *step_,
       {integers(tokens, {total}), integers(positions, {total}), integers(starts, {sequences + 1}), integers(kv_lens, {sequences}),
-       integers(slots, {groups, total}), integers(tables, {groups, sequences, width}), integers(rows, {wanted})});
+       integers(slots, {groups, total}), integers(tables, {groups, sequences, width}), integers(rows, {wanted})}
+  );
   if (logits.dim() != 2 || logits.size(0) != wanted || logits.size(1) != vocab_size) {
     throw Failure(
         OXFUSE_INTERNAL, "The step returned logits of another shape than [" + std::to_string(wanted) + ", " +
-                             std::to_string(vocab_size) + "]: run `oxfuse verify`.");
+                             std::to_string(vocab_size) + "]: run `oxfuse verify`."
+    );
   }
   return logits.to(at::kCPU, at::kFloat);
 }
@@ -321,17 +327,21 @@ void Engine::try_largest_step() {
   for (int64_t n = 0; n <= sequences; ++n) {
     starts[n] = n * tokens / sequences;
   }
-  const auto zeros = [](at::IntArrayRef shape) { return at::zeros(shape, at::kLong); };
+  const auto zeros = [](at::IntArrayRef shape) {
+    return at::zeros(shape, at::kLong);
+  };
   run_program(
       *step_, {zeros({tokens}), zeros({tokens}), integers(starts, {sequences + 1}), zeros({sequences}),
-               at::full({groups, tokens}, -1, at::kLong), zeros({groups, sequences, 1}), zeros({sequences})})
+               at::full({groups, tokens}, -1, at::kLong), zeros({groups, sequences, 1}), zeros({sequences})}
+  )
       .to(at::kCPU);  // waits until it was run
 }
 
 int64_t Engine::used_blocks() const {
   const std::lock_guard guard(lock_);
-  return std::accumulate(
-      pools_.begin(), pools_.end(), int64_t(0), [](int64_t sum, const BlockPool& pool) { return sum + pool.used(); });
+  return std::accumulate(pools_.begin(), pools_.end(), int64_t(0), [](int64_t sum, const BlockPool& pool) {
+    return sum + pool.used();
+  });
 }
 
 int64_t Engine::steps() const {
@@ -341,10 +351,12 @@ int64_t Engine::steps() const {
 
 Failure Engine::full(const TokenSequence& sequence) const {
   return Failure(
-      OXFUSE_OUT_OF_CACHE, "The cache is full: a sequence of " + std::to_string(sequence.length()) + " tokens needs more than the " +
-                               std::to_string(sequence.tables[0].size()) + " blocks (" + std::to_string(cache.block_size) +
-                               " tokens each) that it has, and open sessions hold the rest of " + std::to_string(size.blocks[0] - 1) +
-                               ". Close sessions, or load with a larger cache_bytes.");
+      OXFUSE_OUT_OF_CACHE, "The cache is full: a sequence of " + std::to_string(sequence.length()) +
+                               " tokens needs more than the " + std::to_string(sequence.tables[0].size()) + " blocks (" +
+                               std::to_string(cache.block_size) +
+                               " tokens each) that it has, and open sessions hold the rest of " +
+                               std::to_string(size.blocks[0] - 1) + ". Close sessions, or load with a larger cache_bytes."
+  );
 }
 
 }  // namespace oxfuse::internal

@@ -1,7 +1,7 @@
 // Runs steps: turns "these tokens of these sequences" into steps of the program, over paged caches that it owns.
 //
-// A sequence is its tokens and how many of them the caches hold; the rest is pending. That is all the state there is, so a sequence
-// whose blocks were taken away is merely pending again, and a rewind is a shorter list.
+// A sequence is its tokens and how many of them the caches hold; the rest is pending. That is all the state there is, so a
+// sequence whose blocks were taken away is merely pending again, and a rewind is a shorter list.
 #pragma once
 
 #include "cache.h"
@@ -41,7 +41,8 @@ class Engine {
   // torch's setting.
   Engine(
       const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t chunk, at::Device device, int threads,
-      std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes);
+      std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
+  );
 
   // Return an empty sequence.
   TokenSequence sequence() const;

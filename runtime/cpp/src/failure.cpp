@@ -5,7 +5,8 @@ namespace oxfuse::internal {
 Failure damaged(const std::string& path, const std::string& what) {
   return Failure(
       OXFUSE_BAD_ARTIFACT,
-      path + " " + what + ": the artifact is damaged or incomplete. Copy it again, or compile the checkpoint again.");
+      path + " " + what + ": the artifact is damaged or incomplete. Copy it again, or compile the checkpoint again."
+  );
 }
 
 std::string shown(std::string_view text, size_t most) {

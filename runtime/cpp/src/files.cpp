@@ -28,7 +28,7 @@ File::File(const std::filesystem::path& path) : name_(path.string()) {
   if (descriptor_ < 0) {
     throw errno == ENOENT ? damaged(name_, "does not exist") : unreadable(name_, errno);
   }
-  struct stat found {};
+  struct stat found{};
   const int failed = fstat(descriptor_, &found) ? errno : 0;
   if (failed || !S_ISREG(found.st_mode)) {
     close(descriptor_);

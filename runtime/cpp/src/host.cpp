@@ -74,14 +74,18 @@ void add_gpu_misfits(const std::vector<std::string>& archs, const Gpus& gpus, st
   if (!at::hasCUDA()) {
     wrong.push_back(
         "libtorch is its CPU build or finds no GPU, the artifact's programs run on a GPU of " + needed +
-        ": link with its CUDA build (pytorch.org), or compile with --target cpu");
+        ": link with its CUDA build (pytorch.org), or compile with --target cpu"
+    );
   }
   if (!gpus.problem.empty()) {
     wrong.push_back(
-        gpus.problem + ", a GPU of " + needed + " is needed: run it where there is one, or compile with --target cpu");
+        gpus.problem + ", a GPU of " + needed + " is needed: run it where there is one, or compile with --target cpu"
+    );
   } else if (!fits) {
     wrong.push_back(
-        "the GPUs here (" + tell(gpus) + ") are not of " + needed + ", which the artifact was compiled for: compile for what is here");
+        "the GPUs here (" + tell(gpus) + ") are not of " + needed +
+        ", which the artifact was compiled for: compile for what is here"
+    );
   }
 }
 
@@ -96,7 +100,7 @@ int call_driver(void* library, const char* name, Args... args) {
 
 Gpus find_gpus() {
   constexpr int major_attribute = 75, minor_attribute = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW);  // never closed: the driver does not expect it
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW);           // never closed: the driver does not expect it
   if (driver == nullptr) {
     return {{}, "there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)"};
   }
@@ -130,20 +134,23 @@ void check_host(const Requirements& need, const Gpus& gpus) {
   if (!need.torch.empty() && torch != wanted) {
     wrong.push_back(
         "libtorch is " + std::to_string(torch[0]) + "." + std::to_string(torch[1]) + ", the artifact was compiled for " +
-        need.torch.substr(0, 40) + ": link with that version or compile with this one");
+        need.torch.substr(0, 40) + ": link with that version or compile with this one"
+    );
   }
   std::string platform = need.platform;
   std::transform(platform.begin(), platform.end(), platform.begin(), [](unsigned char c) { return std::tolower(c); });
   if (!platform.empty() && platform != "linux") {
     wrong.push_back(
-        "the platform is linux, the artifact was compiled for " + need.platform.substr(0, 40) + ": compile on this platform");
+        "the platform is linux, the artifact was compiled for " + need.platform.substr(0, 40) + ": compile on this platform"
+    );
   }
   utsname system{};
   uname(&system);
   if (!need.machine.empty() && need.machine != system.machine) {
     wrong.push_back(
         std::string("the machine is ") + system.machine + ", the artifact was compiled for " + need.machine.substr(0, 40) +
-        ": compile on this machine");
+        ": compile on this machine"
+    );
   } else {
     const auto here = cpu_features();
     std::vector<std::string> missing;
@@ -153,13 +160,15 @@ void check_host(const Requirements& need, const Gpus& gpus) {
     if (!missing.empty()) {
       wrong.push_back(
           "the processor lacks " + join(missing, ", ") + ", which --cpu-isa " + need.cpu_isa.substr(0, 40) +
-          " uses: compile here, or with --cpu-isa x86-64-v3 for older processors");
+          " uses: compile here, or with --cpu-isa x86-64-v3 for older processors"
+      );
     }
   }
   if (!need.glibc.empty() && version_numbers(gnu_get_libc_version()) < version_numbers(need.glibc)) {
     wrong.push_back(
         std::string("the C library is glibc ") + gnu_get_libc_version() + ", " + need.glibc.substr(0, 40) +
-        " or later is needed: compile here");
+        " or later is needed: compile here"
+    );
   }
   if (!need.gpu_archs.empty()) {
     add_gpu_misfits(need.gpu_archs, gpus, wrong);
@@ -184,7 +193,8 @@ Gpu choose_gpu(const std::vector<std::string>& archs, const std::string& device,
     if (!contains(archs, gpus.found[index].arch)) {
       throw Failure(
           OXFUSE_UNFIT_HOST, "The GPU " + device + " is of " + gpus.found[index].arch + ", the artifact was compiled for " +
-                                 join(archs, " or ") + ": compile for it, or give another device.");
+                                 join(archs, " or ") + ": compile for it, or give another device."
+      );
     }
     return gpus.found[index];
   }
@@ -193,7 +203,9 @@ Gpu choose_gpu(const std::vector<std::string>& archs, const std::string& device,
       return gpu;
     }
   }
-  throw Failure(OXFUSE_UNFIT_HOST, "The artifact was compiled for " + join(archs, " or ") + ", this machine has " + tell(gpus) + ".");
+  throw Failure(
+      OXFUSE_UNFIT_HOST, "The artifact was compiled for " + join(archs, " or ") + ", this machine has " + tell(gpus) + "."
+  );
 }
 
 }  // namespace oxfuse::internal

@@ -28,7 +28,8 @@ Gpus find_gpus();
 // Compare the host with `need`. Throws Failure that lists every misfit and what to do about it.
 void check_host(const Requirements& need, const Gpus& gpus);
 
-// Return the GPU that programs for `archs` are to run on: "cuda:N" names it, "" and "cuda" take the first that fits. Throws Failure.
+// Return the GPU that programs for `archs` are to run on: "cuda:N" names it, "" and "cuda" take the first that fits. Throws
+// Failure.
 Gpu choose_gpu(const std::vector<std::string>& archs, const std::string& device, const Gpus& gpus);
 
 }  // namespace oxfuse::internal

@@ -34,8 +34,8 @@ class JsonError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Return the value that `text` is. Takes NaN and Infinity, as Python writes them. Throws JsonError where it is not JSON in UTF-8, a
-// name comes twice in an object, or it is nested too deeply.
+// Return the value that `text` is. Takes NaN and Infinity, as Python writes them. Throws JsonError where it is not JSON in UTF-8,
+// a name comes twice in an object, or it is nested too deeply.
 Json parse_json(std::string_view text);
 
 }  // namespace oxfuse::internal

@@ -1,6 +1,6 @@
-// Shared libraries, before the system's loader sees them: it believes what their headers say, and a file that is cut short ends the
-// process (SIGBUS) where it would read behind the end. A library of another kind is not for trying either: one that registers ops
-// which are there already ends the process as well.
+// Shared libraries, before the system's loader sees them: it believes what their headers say, and a file that is cut short ends
+// the process (SIGBUS) where it would read behind the end. A library of another kind is not for trying either: one that registers
+// ops which are there already ends the process as well.
 #pragma once
 
 #include <filesystem>

@@ -1,5 +1,5 @@
-// `load_model`: an artifact's folder enters, a model that runs leaves. Everything is checked before the first library is opened, since
-// a program is trusted machine code and a wrong one ends the process.
+// `load_model`: an artifact's folder enters, a model that runs leaves. Everything is checked before the first library is opened,
+// since a program is trusted machine code and a wrong one ends the process.
 
 #include "failure.h"
 #include "files.h"
@@ -24,8 +24,8 @@ std::mutex& loading() {
   return one;
 }
 
-// Return "cpu" or "cuda", whichever the artifact runs on. Throws Failure where `device` is of another kind, or the programs are not
-// for what the manifest says that the artifact is for.
+// Return "cpu" or "cuda", whichever the artifact runs on. Throws Failure where `device` is of another kind, or the programs are
+// not for what the manifest says that the artifact is for.
 std::string check_targets(const Manifest& manifest, const std::string& device) {
   std::set<std::string> stated, held;
   for (const std::string& arch : manifest.requirements.gpu_archs) {
@@ -39,15 +39,17 @@ std::string check_targets(const Manifest& manifest, const std::string& device) {
   }
   if (held != stated) {
     throw Failure(
-        OXFUSE_BAD_ARTIFACT, "The manifest says that the artifact is for " + shown(*stated.begin()) + ", and its programs are for " +
-                                 (held.empty() ? "nothing" : shown(*held.begin())) +
-                                 ": the manifest is damaged. Compile the checkpoint again.");
+        OXFUSE_BAD_ARTIFACT, "The manifest says that the artifact is for " + shown(*stated.begin()) +
+                                 ", and its programs are for " + (held.empty() ? "nothing" : shown(*held.begin())) +
+                                 ": the manifest is damaged. Compile the checkpoint again."
+    );
   }
   const std::string kind = manifest.requirements.gpu_archs.empty() ? "cpu" : "cuda";
   if (!device.empty() && device.substr(0, device.find(':')) != kind) {
     throw Failure(
         OXFUSE_BAD_ARGUMENT, "The artifact has no program for device " + shown(device) + ", only for " + *held.begin() +
-                                 ": compile with another --target, or give that device.");
+                                 ": compile with another --target, or give that device."
+    );
   }
   return kind;
 }
@@ -75,7 +77,8 @@ void check_hashes(const std::filesystem::path& folder, const Manifest& manifest)
 
 // Copy the weights that programs read to the GPU, once each.
 std::map<std::string, at::Tensor> upload(
-    const std::map<std::string, at::Tensor>& mapped, const std::vector<const ProgramSpec*>& programs, at::Device device) {
+    const std::map<std::string, at::Tensor>& mapped, const std::vector<const ProgramSpec*>& programs, at::Device device
+) {
   std::map<std::string, at::Tensor> out;
   for (const ProgramSpec* program : programs) {
     for (const auto& [constant, name] : program->constants) {
@@ -93,7 +96,8 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
   if (options.threads < 0 || options.threads > most_threads) {
     throw Failure(
         OXFUSE_BAD_ARGUMENT, "threads is " + std::to_string(options.threads) + ": give a whole number from 1 to " +
-                                 std::to_string(most_threads) + ", or 0 for torch's own setting.");
+                                 std::to_string(most_threads) + ", or 0 for torch's own setting."
+    );
   }
   if (options.check != OXFUSE_CHECK_QUICK && options.check != OXFUSE_CHECK_FULL) {
     throw Failure(OXFUSE_BAD_ARGUMENT, "check is " + std::to_string(options.check) + ": give one of oxfuse_check.");
@@ -121,7 +125,8 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
   const ProgramSpec* decode = gpu ? find_program(manifest, "decode", target) : nullptr;
   if (step == nullptr) {
     throw Failure(
-        OXFUSE_BAD_ARTIFACT, "The artifact has no step program for " + target + ": the manifest is damaged. Compile it again.");
+        OXFUSE_BAD_ARTIFACT, "The artifact has no step program for " + target + ": the manifest is damaged. Compile it again."
+    );
   }
   std::vector<const ProgramSpec*> programs = {step};
   if (decode != nullptr) {
@@ -174,7 +179,8 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
     most_decodes = range == decode->dims.end() ? 0 : range->second.max;
   }
   model->engine = std::make_unique<Engine>(
-      manifest, limits, size, chunk, device, options.threads, std::move(loaded), std::move(fast), most_decodes);
+      manifest, limits, size, chunk, device, options.threads, std::move(loaded), std::move(fast), most_decodes
+  );
   if (gpu) {
     model->engine->try_largest_step();
   }

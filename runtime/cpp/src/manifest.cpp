@@ -135,7 +135,8 @@ DimRange dim_range(const Json& json, const std::string& where) {
 
 ProgramSpec program_spec(const Json& json, const std::string& where) {
   const Fields fields(
-      json, where, {"name", "target", "kind", "path", "library", "inputs", "outputs", "dims", "constants", "files"});
+      json, where, {"name", "target", "kind", "path", "library", "inputs", "outputs", "dims", "constants", "files"}
+  );
   return {
       fields.read("name", text),
       fields.read("target", text),
@@ -146,7 +147,8 @@ ProgramSpec program_spec(const Json& json, const std::string& where) {
       fields.read_list("outputs", tensor_spec),
       fields.read_table("dims", dim_range),
       fields.read_table("constants", text),
-      fields.read_table("files", text)};
+      fields.read_table("files", text)
+  };
 }
 
 OpsLibrary ops_library(const Json& json, const std::string& where) {
@@ -157,8 +159,8 @@ OpsLibrary ops_library(const Json& json, const std::string& where) {
 int64_t at_least(int64_t least, int64_t value, const std::string& where) {
   if (value < least) {
     throw Failure(
-        OXFUSE_BAD_ARTIFACT,
-        where + " is " + std::to_string(value) + ", expected " + std::to_string(least) + " or more" + again);
+        OXFUSE_BAD_ARTIFACT, where + " is " + std::to_string(value) + ", expected " + std::to_string(least) + " or more" + again
+    );
   }
   return value;
 }
@@ -171,11 +173,9 @@ CacheGroup cache_group(const Json& json, const std::string& where) {
 CacheSpec cache_spec(const Json& json, const std::string& where) {
   const Fields fields(json, where, {"block_size", "dtype", "kv_heads", "head_dim", "groups"});
   CacheSpec cache{
-      at_least(1, fields.read("block_size", number), fields.at("block_size")),
-      fields.read("dtype", text),
-      fields.read_list("kv_heads", number),
-      fields.read_list("head_dim", number),
-      fields.read_list("groups", cache_group)};
+      at_least(1, fields.read("block_size", number), fields.at("block_size")), fields.read("dtype", text),
+      fields.read_list("kv_heads", number), fields.read_list("head_dim", number), fields.read_list("groups", cache_group)
+  };
   std::vector<int64_t> layers;
   for (const CacheGroup& group : cache.groups) {
     layers.insert(layers.end(), group.layers.begin(), group.layers.end());
@@ -185,9 +185,10 @@ CacheSpec cache_spec(const Json& json, const std::string& where) {
   std::iota(expected.begin(), expected.end(), 0);
   if (layers.empty() || layers != expected || cache.head_dim.size() != expected.size()) {
     throw Failure(
-        OXFUSE_BAD_ARTIFACT,
-        where + " has " + std::to_string(cache.kv_heads.size()) + " kv_heads and " + std::to_string(cache.head_dim.size()) +
-            " head_dim, and groups of " + std::to_string(layers.size()) + " layers, expected one each for every layer" + again);
+        OXFUSE_BAD_ARTIFACT, where + " has " + std::to_string(cache.kv_heads.size()) + " kv_heads and " +
+                                 std::to_string(cache.head_dim.size()) + " head_dim, and groups of " +
+                                 std::to_string(layers.size()) + " layers, expected one each for every layer" + again
+    );
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     at_least(1, cache.kv_heads[i], fields.at("kv_heads"));
@@ -201,19 +202,15 @@ Limits limits(const Json& json, const std::string& where) {
   return {
       at_least(1, fields.read("max_context", number), fields.at("max_context")),
       at_least(1, fields.read("max_batch", number), fields.at("max_batch")),
-      at_least(1, fields.read("max_step_tokens", number), fields.at("max_step_tokens"))};
+      at_least(1, fields.read("max_step_tokens", number), fields.at("max_step_tokens"))
+  };
 }
 
 Requirements requirements(const Json& json, const std::string& where) {
   const Fields fields(json, where, {"torch", "platform", "machine", "cpu_isa", "cpu_features", "glibc", "gpu_archs"});
-  return {
-      fields.read("torch", text),
-      fields.read("platform", text),
-      fields.read("machine", text),
-      fields.read("cpu_isa", text),
-      fields.read_list("cpu_features", text),
-      fields.read("glibc", text),
-      fields.read_list("gpu_archs", text)};
+  return {fields.read("torch", text),         fields.read("platform", text),          fields.read("machine", text),
+          fields.read("cpu_isa", text),       fields.read_list("cpu_features", text), fields.read("glibc", text),
+          fields.read_list("gpu_archs", text)};
 }
 
 WeightTensor weight_tensor(const Json& json, const std::string& where) {
@@ -226,10 +223,9 @@ WeightTensor weight_tensor(const Json& json, const std::string& where) {
 WeightFile weight_file(const Json& json, const std::string& where) {
   const Fields fields(json, where, {"path", "bytes", "header_sha256", "tensors"});
   return {
-      fields.read("path", text),
-      fields.read("bytes", number),
-      fields.read("header_sha256", text),
-      fields.read_table("tensors", weight_tensor)};
+      fields.read("path", text), fields.read("bytes", number), fields.read("header_sha256", text),
+      fields.read_table("tensors", weight_tensor)
+  };
 }
 
 bool pass_record(const Json& json, const std::string& where) {
@@ -242,11 +238,11 @@ bool pass_record(const Json& json, const std::string& where) {
 
 void read_model(const Json& json, const std::string& where, Manifest& out) {
   static constexpr std::array tasks = {
-      "text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"};
+      "text-generation", "text-classification", "token-classification", "question-answering", "feature-extraction"
+  };
   static constexpr std::array poolings = {"none", "rightmost"};
   static constexpr std::array problems = {"regression", "single_label_classification", "multi_label_classification"};
-  const Fields fields(
-      json, where, {"model_type", "task", "dtype", "vocab_size", "config", "pooling", "labels", "problem_type"});
+  const Fields fields(json, where, {"model_type", "task", "dtype", "vocab_size", "config", "pooling", "labels", "problem_type"});
   fields.read("model_type", text);
   out.task = fields.read("task", text);
   out.dtype = fields.read("dtype", text);
@@ -279,10 +275,10 @@ void read_generation(const Json& json, const std::string& where, Manifest& out) 
 
 Manifest read_fields(const Json& json, const std::string& where) {
   const Fields fields(
-      json,
-      where,
+      json, where,
       {"format_version", "name", "created_by", "source", "model", "generation", "programs", "ops_library", "cache", "limits",
-       "requirements", "weights", "passes", "numerics", "tokenizer_files", "golden"});
+       "requirements", "weights", "passes", "numerics", "tokenizer_files", "golden"}
+  );
   Manifest out;
   out.name = fields.read("name", text);
   fields.read_table("created_by", text);
@@ -323,9 +319,9 @@ Manifest read_manifest(const std::filesystem::path& folder) {
   if (!std::filesystem::exists(path, ignored)) {
     const bool there = std::filesystem::is_directory(folder, ignored);
     throw Failure(
-        OXFUSE_BAD_ARTIFACT,
-        folder.string() + (there ? " has no manifest.json" : " does not exist") +
-            ", so it is not an oxfuse artifact. Make one with `oxfuse compile SRC -o DIR`.");
+        OXFUSE_BAD_ARTIFACT, folder.string() + (there ? " has no manifest.json" : " does not exist") +
+                                 ", so it is not an oxfuse artifact. Make one with `oxfuse compile SRC -o DIR`."
+    );
   }
   const std::string where = path.string();
   Json json;
@@ -337,9 +333,10 @@ Manifest read_manifest(const std::filesystem::path& folder) {
   const Json* version = json.find("format_version");
   if (version == nullptr || version->kind != Json::Kind::integer || version->integer != format_version) {
     throw Failure(
-        OXFUSE_BAD_ARTIFACT,
-        where + " has format version " + (version ? version->describe() : "none") + "; this oxfuse reads version " +
-            std::to_string(format_version) + ". Compile the checkpoint again, or use the oxfuse that made the artifact.");
+        OXFUSE_BAD_ARTIFACT, where + " has format version " + (version ? version->describe() : "none") +
+                                 "; this oxfuse reads version " + std::to_string(format_version) +
+                                 ". Compile the checkpoint again, or use the oxfuse that made the artifact."
+    );
   }
   return read_fields(json, where);
 }
@@ -358,27 +355,25 @@ void check_supported(const Manifest& manifest) {
     if (program.kind != "aoti") {
       throw Failure(
           OXFUSE_UNSUPPORTED,
-          "The artifact has a program of kind " + shown(program.kind) + ", this library runs those of targets cpu and cuda: " +
-              "compile with --target cpu, or use onnxruntime.");
+          "The artifact has a program of kind " + shown(program.kind) +
+              ", this library runs those of targets cpu and cuda: " + "compile with --target cpu, or use onnxruntime."
+      );
     }
   }
   if (manifest.task != "text-generation") {
     throw Failure(
         OXFUSE_UNSUPPORTED,
-        "The artifact is for " + manifest.task + ", this library runs text-generation: use oxfuse's Python runtime.");
+        "The artifact is for " + manifest.task + ", this library runs text-generation: use oxfuse's Python runtime."
+    );
   }
 }
 
 void check_program(const ProgramSpec& program, const Manifest& manifest) {
   const auto groups = static_cast<int64_t>(manifest.cache.groups.size());
-  std::vector<TensorSpec> expected = {
-      {"token_ids", "int64", {"T"}},
-      {"positions", "int64", {"T"}},
-      {"query_start", "int64", {"N+1"}},
-      {"kv_lens", "int64", {"N"}},
-      {"slots", "int64", {groups, "T"}},
-      {"block_tables", "int64", {groups, "N", "M"}},
-      {"rows", "int64", {"R"}}};
+  std::vector<TensorSpec> expected = {{"token_ids", "int64", {"T"}},     {"positions", "int64", {"T"}},
+                                      {"query_start", "int64", {"N+1"}}, {"kv_lens", "int64", {"N"}},
+                                      {"slots", "int64", {groups, "T"}}, {"block_tables", "int64", {groups, "N", "M"}},
+                                      {"rows", "int64", {"R"}}};
   const int64_t block_size = manifest.cache.block_size;
   for (size_t layer = 0; layer < manifest.cache.kv_heads.size(); ++layer) {
     const int64_t heads = manifest.cache.kv_heads[layer], dim = manifest.cache.head_dim[layer];
@@ -391,7 +386,8 @@ void check_program(const ProgramSpec& program, const Manifest& manifest) {
   if (program.inputs.size() != expected.size()) {
     throw differ(
         "takes " + std::to_string(program.inputs.size()) + " inputs, expected " + std::to_string(expected.size()) +
-        " for the manifest's cache");
+        " for the manifest's cache"
+    );
   }
   for (size_t i = 0; i < expected.size(); ++i) {
     const TensorSpec &found = program.inputs[i], &want = expected[i];
@@ -404,7 +400,8 @@ void check_program(const ProgramSpec& program, const Manifest& manifest) {
     if (!same || (i < 7 && found.name != want.name)) {
       throw differ(
           "takes " + shown(found.name) + " as " + shown(found.dtype) + " " + shape_text(found.shape) + ", expected " + want.name +
-          " as " + want.dtype + " " + shape_text(want.shape));
+          " as " + want.dtype + " " + shape_text(want.shape)
+      );
     }
   }
   if (program.outputs.size() != 1 || program.outputs[0].shape.size() != 2 ||
@@ -412,7 +409,8 @@ void check_program(const ProgramSpec& program, const Manifest& manifest) {
       program.outputs[0].shape[1] != Dim(manifest.vocab_size)) {
     throw differ(
         "gives " + (program.outputs.empty() ? "nothing" : shape_text(program.outputs[0].shape)) +
-        ", expected one output of rows by " + std::to_string(manifest.vocab_size) + " logits");
+        ", expected one output of rows by " + std::to_string(manifest.vocab_size) + " logits"
+    );
   }
 }
 

@@ -1,5 +1,5 @@
-// The artifact's manifest: manifest.json enters, checked values leave. The schema is that of runtime/manifest.py, field by field: a
-// missing field, an unknown one or a value of the wrong type is a failure that names the field.
+// The artifact's manifest: manifest.json enters, checked values leave. The schema is that of runtime/manifest.py, field by field:
+// a missing field, an unknown one or a value of the wrong type is a failure that names the field.
 #pragma once
 
 #include <cstdint>

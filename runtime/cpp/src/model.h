@@ -38,8 +38,8 @@ class Session {
   // Return another session with the same tokens that shares this one's blocks.
   std::shared_ptr<Session> fork();
 
-  // Append tokens and return the logits after the last, float32 [V]. Throws Failure; the session is then as before. With `version`
-  // the session must still be at that one, which becomes the new one.
+  // Append tokens and return the logits after the last, float32 [V]. Throws Failure; the session is then as before. With
+  // `version` the session must still be at that one, which becomes the new one.
   at::Tensor prefill(const std::vector<int64_t>& tokens, uint64_t* version = nullptr);
 
   void rewind(int64_t length);

@@ -1,5 +1,5 @@
-// One compiled program: an unpacked AOTInductor library, run with weights that it borrows. Only this file touches torch's runner of
-// such libraries, which torch calls private.
+// One compiled program: an unpacked AOTInductor library, run with weights that it borrows. Only this file touches torch's runner
+// of such libraries, which torch calls private.
 #pragma once
 
 #include "manifest.h"
@@ -23,7 +23,8 @@ class Program {
   // loaded, or wants a constant that the manifest or the weight file lacks or has with another dtype or size.
   Program(
       const std::filesystem::path& folder, const ProgramSpec& spec, const std::map<std::string, at::Tensor>& weights,
-      at::Device device);
+      at::Device device
+  );
   ~Program();
 
   // Run one step; changes the caches among `inputs`. Return the only output. Throws Failure where the library fails.

@@ -29,8 +29,8 @@ at::Tensor scaled_by(const at::Tensor& scores, double penalty) {
   return at::where(scores.lt(0), scores.mul(penalty), scores.div(penalty));
 }
 
-// Divide the positive logits [V] of `tokens` by `penalty`, multiply the negative ones (Keskar et al. 2019, section 4.1). Each counts
-// once, however often it occurs. A logit that would overflow becomes the largest number there is.
+// Divide the positive logits [V] of `tokens` by `penalty`, multiply the negative ones (Keskar et al. 2019, section 4.1). Each
+// counts once, however often it occurs. A logit that would overflow becomes the largest number there is.
 at::Tensor penalise_repetition(const at::Tensor& logits, const std::vector<int64_t>& tokens, double penalty) {
   const std::set<int64_t> once(tokens.begin(), tokens.end());
   const std::vector<int64_t> sorted(once.begin(), once.end());
@@ -45,8 +45,8 @@ at::Tensor penalise_repetition(const at::Tensor& logits, const std::vector<int64
   return logits.scatter(0, seen, penalised);
 }
 
-// Return logits [V] with temperature applied and all that top_k, top_p and min_p exclude set to -inf, in this order. The largest is
-// finite and stays. Ties with the last of the top_k stay too; of equals at the edge of top_p the later ones stay. Where a
+// Return logits [V] with temperature applied and all that top_k, top_p and min_p exclude set to -inf, in this order. The largest
+// is finite and stays. Ties with the last of the top_k stay too; of equals at the edge of top_p the later ones stay. Where a
 // temperature is so low that the quotient overflows, the largest becomes 0, and the others what their distance from it says.
 at::Tensor filter_logits(const at::Tensor& raw, const oxfuse_sampling_options& options) {
   at::Tensor logits = raw.div(options.temperature);
@@ -75,7 +75,9 @@ at::Tensor filter_logits(const at::Tensor& raw, const oxfuse_sampling_options& o
 }  // namespace
 
 void check_sampling(const oxfuse_sampling_options& options) {
-  const auto number = [](double value) { return std::isfinite(value); };
+  const auto number = [](double value) {
+    return std::isfinite(value);
+  };
   require(number(options.temperature) && options.temperature >= 0, "temperature", options.temperature, "a number >= 0");
   require(options.top_k >= 0, "top_k", static_cast<double>(options.top_k), "a whole number >= 0");
   require(options.top_p >= 0 && options.top_p <= 1, "top_p", options.top_p, "a number from 0 to 1");
@@ -98,7 +100,8 @@ at::Tensor Sampler::penalised(const at::Tensor& logits, const std::vector<int64_
   const double largest = logits.max().item<float>();  // NaN where one of them is
   if (!std::isfinite(largest)) {
     throw Failure(
-        OXFUSE_INTERNAL, "The model's logits are not finite (maximum " + std::to_string(largest) + "): run `oxfuse verify`.");
+        OXFUSE_INTERNAL, "The model's logits are not finite (maximum " + std::to_string(largest) + "): run `oxfuse verify`."
+    );
   }
   return options_.repetition_penalty == 1 ? logits : penalise_repetition(logits, tokens, options_.repetition_penalty);
 }
@@ -108,8 +111,8 @@ int64_t Sampler::pick(const at::Tensor& logits, const std::vector<int64_t>& toke
   if (options_.temperature == 0) {
     return scores.argmax().item<int64_t>();
   }
-  // the inverse of the cumulative distribution, in float64: one number a token whatever the vocabulary, and a last bit's difference
-  // in the logits changes the token only where the number falls on a boundary
+  // the inverse of the cumulative distribution, in float64: one number a token whatever the vocabulary, and a last bit's
+  // difference in the logits changes the token only where the number falls on a boundary
   const at::Tensor cumulative = filter_logits(scores, options_).to(at::kDouble).softmax(-1).cumsum(-1);
   const at::Tensor drawn = at::rand({}, generator_, at::kDouble).mul(cumulative.select(0, -1));
   return at::searchsorted(cumulative, drawn, /*out_int32=*/false, /*right=*/true).item<int64_t>();

@@ -44,7 +44,8 @@ void Session::check_tokens(const std::vector<int64_t>& tokens, int64_t vocab_siz
     if (tokens[index] < 0 || tokens[index] >= vocab_size) {
       throw Failure(
           OXFUSE_BAD_ARGUMENT, "The token ids hold " + std::to_string(tokens[index]) + " at index " + std::to_string(index) +
-                                   ", outside the vocabulary: ids go from 0 to " + std::to_string(vocab_size - 1) + ".");
+                                   ", outside the vocabulary: ids go from 0 to " + std::to_string(vocab_size - 1) + "."
+      );
     }
   }
 }
@@ -54,7 +55,8 @@ void Session::check_room(int64_t length, int64_t more, int64_t max_context) {
     throw Failure(
         OXFUSE_CONTEXT_EXCEEDED, "The session has " + std::to_string(length) + " tokens and " + std::to_string(more) +
                                      " more exceed max_context " + std::to_string(max_context) +
-                                     ". Rewind it, or compile with a larger max_context.");
+                                     ". Rewind it, or compile with a larger max_context."
+    );
   }
 }
 
@@ -63,7 +65,8 @@ at::Tensor Session::prefill(const std::vector<int64_t>& tokens, uint64_t* versio
   check_open();
   if (version != nullptr && *version != version_) {
     throw Failure(
-        OXFUSE_BAD_ARGUMENT, "The session was changed since the generation's last token: open another generation to go on.");
+        OXFUSE_BAD_ARGUMENT, "The session was changed since the generation's last token: open another generation to go on."
+    );
   }
   Engine& engine = *model_->engine;
   check_tokens(tokens, engine.vocab_size);
@@ -84,8 +87,7 @@ at::Tensor Session::prefill(const std::vector<int64_t>& tokens, uint64_t* versio
   return logits;
 }
 
-at::Tensor Session::decode_batch(
-    const std::vector<std::shared_ptr<Session>>& sessions, const std::vector<int64_t>& tokens) {
+at::Tensor Session::decode_batch(const std::vector<std::shared_ptr<Session>>& sessions, const std::vector<int64_t>& tokens) {
   std::vector<Session*> ordered;
   for (const auto& session : sessions) {
     ordered.push_back(session.get());
@@ -133,7 +135,8 @@ void Session::rewind(int64_t length) {
   if (length < 0 || length > sequence_.length()) {
     throw Failure(
         OXFUSE_BAD_ARGUMENT, "rewind to " + std::to_string(length) + ": the session has " + std::to_string(sequence_.length()) +
-                                 " tokens, so give a number from 0 to that.");
+                                 " tokens, so give a number from 0 to that."
+    );
   }
   model_->engine->truncate(sequence_, length);
   ++version_;
@@ -151,8 +154,7 @@ uint64_t Session::version() {
   return version_;
 }
 
-Generation::Generation(
-    std::shared_ptr<Session> session, std::vector<int64_t> prompt, const oxfuse_generate_options& options)
+Generation::Generation(std::shared_ptr<Session> session, std::vector<int64_t> prompt, const oxfuse_generate_options& options)
     : session_(std::move(session)),
       penalises_(options.sampling.repetition_penalty != 1),
       sampler_(options.sampling),
@@ -165,12 +167,14 @@ Generation::Generation(
   Session::check_room(length, count, max_context);
   if (options.max_new_tokens < 1) {
     throw Failure(
-        OXFUSE_BAD_ARGUMENT, "max_new_tokens is " + std::to_string(options.max_new_tokens) + ": give a whole number >= 1.");
+        OXFUSE_BAD_ARGUMENT, "max_new_tokens is " + std::to_string(options.max_new_tokens) + ": give a whole number >= 1."
+    );
   }
   if (options.stop_token_count < -1 || (options.stop_token_count > 0 && options.stop_token_ids == nullptr)) {
     throw Failure(
         OXFUSE_BAD_ARGUMENT, "stop_token_count is " + std::to_string(options.stop_token_count) +
-                                 ": give -1 for the checkpoint's own, or the number of stop_token_ids.");
+                                 ": give -1 for the checkpoint's own, or the number of stop_token_ids."
+    );
   }
   if (options.stop_token_count < 0) {
     stops_ = model.manifest.eos_token_ids;

@@ -86,12 +86,14 @@ Extent extent_of(const File& file, const std::string& name, const Json& entry, i
       out.end - out.begin != needed) {
     throw damaged(
         file.name(), "has tensor " + shown(name) + " of shape " + shape_text(out.shape) + " where it does not lie inside its " +
-                         std::to_string(file.size()) + " bytes");
+                         std::to_string(file.size()) + " bytes"
+    );
   }
   if (out.begin % static_cast<int64_t>(c10::elementSize(out.dtype))) {
     throw damaged(
         file.name(),
-        "has tensor " + shown(name) + " at offset " + std::to_string(out.begin) + ", not a multiple of its elements' size");
+        "has tensor " + shown(name) + " at offset " + std::to_string(out.begin) + ", not a multiple of its elements' size"
+    );
   }
   return out;
 }
@@ -138,7 +140,9 @@ at::ScalarType dtype_of(const std::string& name) {
   const auto known = std::find_if(dtypes.begin(), dtypes.end(), [&](const Dtype& one) { return one.torch == name; });
   if (known == dtypes.end()) {
     throw Failure(
-        OXFUSE_BAD_ARTIFACT, "The manifest has the dtype " + shown(name) + ", which no artifact has: it is damaged. Compile again.");
+        OXFUSE_BAD_ARTIFACT,
+        "The manifest has the dtype " + shown(name) + ", which no artifact has: it is damaged. Compile again."
+    );
   }
   return known->type;
 }
@@ -147,7 +151,8 @@ WeightMap::WeightMap(const std::filesystem::path& folder, const WeightFile& spec
   auto [extents, digest] = read_header(file_);
   if (file_.size() != spec.bytes) {
     throw damaged(
-        file_.name(), "has " + std::to_string(file_.size()) + " bytes, the manifest says " + std::to_string(spec.bytes));
+        file_.name(), "has " + std::to_string(file_.size()) + " bytes, the manifest says " + std::to_string(spec.bytes)
+    );
   }
   if (digest != spec.header_sha256) {
     throw damaged(file_.name(), "has a header of sha256 " + digest + ", the manifest says " + shown(spec.header_sha256, 64));
@@ -165,7 +170,8 @@ WeightMap::WeightMap(const std::filesystem::path& folder, const WeightFile& spec
     if (name_of(found->second.dtype) != tensor.dtype || found->second.shape != tensor.shape) {
       throw damaged(
           file_.name(), "has " + shown(name) + " as " + name_of(found->second.dtype) + " " + shape_text(found->second.shape) +
-                            ", the manifest says " + shown(tensor.dtype, 20) + " " + shape_text(tensor.shape));
+                            ", the manifest says " + shown(tensor.dtype, 20) + " " + shape_text(tensor.shape)
+      );
     }
   }
   extents_ = std::move(extents);
@@ -173,8 +179,10 @@ WeightMap::WeightMap(const std::filesystem::path& folder, const WeightFile& spec
   if (pages_ == MAP_FAILED) {
     pages_ = nullptr;
     throw Failure(
-        OXFUSE_OUT_OF_MEMORY, "The system refuses to map the " + std::to_string(file_.size()) + " bytes of " + file_.name() + ": " +
-                                  std::generic_category().message(errno) + ". Raise the limit of address space (ulimit -v).");
+        OXFUSE_OUT_OF_MEMORY, "The system refuses to map the " + std::to_string(file_.size()) + " bytes of " + file_.name() +
+                                  ": " + std::generic_category().message(errno) +
+                                  ". Raise the limit of address space (ulimit -v)."
+    );
   }
 }
 
@@ -195,9 +203,8 @@ void WeightMap::check_hashes(const WeightFile& spec) const {
 void WeightMap::add_tensors(std::map<std::string, at::Tensor>& into) const {
   for (const auto& [name, extent] : extents_) {
     const auto options = at::TensorOptions(extent.dtype);
-    into[name] = extent.begin == extent.end
-                     ? at::empty(extent.shape, options)
-                     : at::from_blob(static_cast<char*>(pages_) + extent.begin, extent.shape, options);
+    into[name] = extent.begin == extent.end ? at::empty(extent.shape, options)
+                                            : at::from_blob(static_cast<char*>(pages_) + extent.begin, extent.shape, options);
   }
 }
 

@@ -1,5 +1,6 @@
-// Weight files: safetensors on disk become tensors that cost no memory of their own. Pages come from the page cache, read-only and
-// shared by all sessions, programs and processes; a write through such a tensor is a segmentation fault, never a silent change.
+// Weight files: safetensors on disk become tensors that cost no memory of their own. Pages come from the page cache, read-only
+// and shared by all sessions, programs and processes; a write through such a tensor is a segmentation fault, never a silent
+// change.
 #pragma once
 
 #include "files.h"
@@ -25,8 +26,8 @@ struct Extent {
 // Return the dtype that a manifest calls so. Throws Failure for one that artifacts do not have.
 at::ScalarType dtype_of(const std::string& name);
 
-// A weight file that was compared with the manifest: size, header's hash, dtype and shape of each tensor, and that each lies inside
-// the file.
+// A weight file that was compared with the manifest: size, header's hash, dtype and shape of each tensor, and that each lies
+// inside the file.
 class WeightMap {
  public:
   // Map the file of `spec` in `folder`. Throws Failure naming the first thing that differs.
