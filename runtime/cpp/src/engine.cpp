@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <numeric>
@@ -315,6 +316,8 @@ at::Tensor Engine::run_program(Program& program, std::vector<at::Tensor> inputs)
   }
   inputs.insert(inputs.end(), caches_.tensors().begin(), caches_.tensors().end());
   const at::NoGradGuard no_grad;
+  const std::optional<c10::DeviceGuard> on_device =
+      device_.is_cpu() ? std::nullopt : std::make_optional<c10::DeviceGuard>(device_);
   const Threads threads(threads_);
   return program.run(inputs);
 }
