@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from oxfuse.compiler.choices import DTYPE_NAMES, POLICIES, TARGETS
+from oxfuse.compiler.choices import DTYPE_NAMES, EXAMPLES, POLICIES, TARGETS
 from oxfuse.compiler.report import REPORT_JSON, REPORT_MD, best_of, trial
 from oxfuse.errors import UserError
 from oxfuse.runtime.help_page import FOLDER, HelpPage, folders, one_of, option
@@ -46,6 +46,14 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
 @option("--force", is_flag=True, section="Output", help="Replace an artifact that is there.")
 @option(
     "--dump-graphs", type=FOLDER, section="Output", help="Write the graph after every pass into this folder, as text and SVG."
+)
+@option(
+    "--emit-example",
+    type=str,
+    metavar="LANG",
+    section="Output",
+    shell_complete=one_of(*EXAMPLES),
+    help="Add a folder with a program that runs the artifact, ready to build: cpp.",
 )
 @option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
 @option(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from oxfuse.compiler.artifact import ArtifactWriter
 from oxfuse.compiler.describe import describe_artifact, generation_of, report_of
+from oxfuse.compiler.example import check_example, write_example
 from oxfuse.compiler.export import export_reference
 from oxfuse.compiler.fuse import Fused, fuse
 from oxfuse.compiler.golden import GOLDEN, write_golden
@@ -68,6 +69,7 @@ def compile(
     tokenizer: str | Path | Tokenizer | None = None,
     force: bool = False,
     dump_graphs: str | Path | None = None,
+    emit_example: str | None = None,
     progress: Progress = silent,
     **policy: Any,
 ) -> Path:
@@ -80,24 +82,28 @@ def compile(
     activations, cache and unquantised weights. task: inferred from the checkpoint's architecture. max_context: longest sequence
     in tokens, the model's own by default. max_batch: most sequences in one step. tokenizer: a folder with tokenizer files, the
     source's by default, or an object that writes them with `save_pretrained(folder)`. dump_graphs: a folder for the graph after
-    every pass. policy: see `CompileOptions`.
+    every pass. emit_example: "cpp" adds a folder with a C++ program that runs the artifact. policy: see `CompileOptions`.
 
     Raises UserError for anything the caller can put right; then nothing is left behind.
     """
     if unknown := sorted(set(policy) - {field.name for field in dataclasses.fields(CompileOptions)}):
         raise UserError(f"unknown option {', '.join(unknown)}; policies: experts, activations, dense, cpu_isa, provider.")
     options = CompileOptions(target=target, dtype=dtype, task=task, max_context=max_context, max_batch=max_batch, **policy)
+    check_example(emit_example, options, task)
     phases = Phases(progress=progress)
     module = source if isinstance(source, nn.Module) else None
     with _folder_of(tokenizer) as texts:
         with phases("read checkpoint"):
             checkpoint, fingerprint = open_module(source) if isinstance(source, nn.Module) else open_source(source)
             plan = make_plan(checkpoint, options, fingerprint, texts)
+            check_example(emit_example, options, plan.task)
         writer = ArtifactWriter(Path(output), force=force, checkpoint=checkpoint.folder, expected_bytes=plan.expected_bytes())
         with writer as folder:
             dumps = _dumps(dump_graphs, Path(output), checkpoint.folder) if dump_graphs is not None else None
             with MemoryWatch() as watch:
                 manifest, built, parity = _build(plan, folder, phases, dumps, module)
+            if emit_example is not None:
+                write_example(folder, manifest.requirements.torch)
             write_report(folder, report_of(manifest, folder, built, phases.seconds, parity, watch))
     return writer.output
 

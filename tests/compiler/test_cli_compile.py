@@ -72,6 +72,7 @@ def test_the_result_is_told(pretend: dict[str, Any], tmp_path: Path) -> None:
         dense="exact",
         provider="cpu",
         dump_graphs=None,
+        emit_example=None,
     )
 
 
