@@ -43,10 +43,11 @@ class CpuKernel:
 class OpCase:
     """One call of an op: `args(dtype)` makes the same inputs anew each time, floating ones in `dtype`, which may be float64.
 
-    `op` is the qualified name; `mutated` lists the arguments that the op changes.
+    `op` is the qualified name; `mutated` lists the arguments that the op changes. `cpp` tells whether the C++ op takes the case.
     """
 
     name: str
     op: str
     args: Callable[[torch.dtype], tuple[Any, ...]]
     mutated: tuple[int, ...] = ()
+    cpp: bool = True

@@ -17,7 +17,6 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 template <class T>
 struct DenseRows {
   using Tile = Dense<T>;
-  static int64_t place(int64_t k) { return k; }
   const T* values;
   int64_t rows, length;
   Tile tile(int64_t expert, int64_t row) const {

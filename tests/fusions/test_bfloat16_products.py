@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,7 +29,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
     return made
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.op == "oxfuse::moe_dispatch"], ids=lambda case: case.name)
+OURS = [case for case in CASES if case.op == "oxfuse::moe_dispatch" and case.cpp]
+
+
+@pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
 def test_experts(case: OpCase, emulated: OpsBuild) -> None:
     args = case.args(torch.bfloat16)
     got = getattr(torch.ops.oxfuse, emulated.names[case.op].removeprefix("oxfuse::"))(*args)
@@ -37,11 +42,11 @@ def test_experts(case: OpCase, emulated: OpsBuild) -> None:
 
 
 def test_the_path_is_taken(emulated: OpsBuild, ops: OpsBuild) -> None:
-    """A processor without the instruction takes another path and rounds otherwise; one with it does what the emulation does."""
+    """A processor that is slow at it takes another path and rounds otherwise; one that is not does what the emulation does."""
     (case,) = (case for case in CASES if case.name == "many tokens")
     args = case.args(torch.bfloat16)
     theirs, other = (
         getattr(torch.ops.oxfuse, made.names[case.op].removeprefix("oxfuse::"))(*args).double() for made in (emulated, ops)
     )
-    own = ops.isa == "x86-64-v4" and "avx512_bf16" in cpu_features()
+    own = ops.isa == "x86-64-v4" and "avx512_bf16" in cpu_features() and "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
     assert torch.equal(theirs, other) == own

@@ -81,26 +81,31 @@ def test_isa_names() -> None:
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
 def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
     text = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", ops.path], capture_output=True, text=True, check=True).stdout
-    register, lanes, rows = {"x86-64-v4": ("zmm", 16, 4), "x86-64-v3": ("ymm", 8, 2)}[ops.isa]
+    register, rows, tall = {"x86-64-v4": ("zmm", 4, 12), "x86-64-v3": ("ymm", 2, 3)}[ops.isa]
     assert ops.isa == "x86-64-v4" or "zmm" not in text
     found = {}
     for m, weights, body in re.findall(
         r"^\w+ <void oxfuse::advance_steps<(\d), oxfuse::([^(]*)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S
     ):
         found[weights.strip(), int(m)] = len(re.findall(rf"vfmadd\w+ +.*%{register}", body))
-        assert weights.startswith("Mxfp4") or not re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body), (
-            "accumulators left the registers"
-        )
-    per_step = {"Decoded": 1, "Dense<float>": 1, "Dense<oxfuse::bfloat16>": 1, "Mxfp4": 32 // lanes}
-    assert found == {(kind, m): 6 * m * count for kind, count in per_step.items() for m in range(1, rows + 1)}
+        assert not re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body), "accumulators left the registers"
+    kinds = ("Decoded", "Dense<float>", "Dense<oxfuse::bfloat16>")
+    assert found == {(kind, m): 6 * m for kind in kinds for m in range(1, rows + 1)}
     pairs = re.findall(r"^\w+ <void oxfuse::advance_pairs<(\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
     assert {int(m): len(re.findall(r"vdpbf16ps", body)) for m, body in pairs} == (
         {m: 6 * m for m in range(1, 5)} if ops.isa == "x86-64-v4" else {}
     )
     assert not any(re.search(r"zmm\d+,.*\(%r[sb]p\)", body) for _, body in pairs), "accumulators left the registers"
-    assert text.count("vdpbf16ps") == 60 * (ops.isa == "x86-64-v4"), (
-        "an instruction that the level lacks, outside of its function"
-    )
+    panels = re.findall(r"^\w+ <void oxfuse::advance_(wide|panel_pairs)<(\d+)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
+    counts = {(kind, int(r)): len(re.findall(rf"(?:vfmadd|vdpbf16)\w+ +.*%{register}", body)) for kind, r, body in panels}
+    made = ("wide", "panel_pairs") if ops.isa == "x86-64-v4" else ("wide",)
+    vectors = 2 if ops.isa == "x86-64-v4" else 4
+    assert counts == {(kind, r): vectors * r for kind in made for r in range(1, tall + 1)}
+    assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in panels), "accumulators left the registers"
+    functions = re.findall(r"^\w+ <(.*?)>:\n(.*?)\n\n", text, re.M | re.S)
+    where = {re.sub("<.*", "", name).removeprefix("void oxfuse::") for name, body in functions if "vdpbf16ps" in body}
+    asking = {"advance_pairs", "advance_panel_pairs", "stream_pairs"}  # they are called where the processor has the instruction
+    assert where == (asking if ops.isa == "x86-64-v4" else set())
 
 
 def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:
@@ -135,7 +140,14 @@ def test_bfloat16_rounds_ties_to_even(ops: OpsBuild) -> None:
 
 
 def test_a_token_does_not_depend_on_its_company(ops: OpsBuild) -> None:
-    for name in ("many tokens", "longer than a chunk", "mxfp4, longer than a chunk", "all tokens on one expert"):
+    for name in (
+        "many tokens",
+        "columns, longer than a panel is deep",
+        "packed, more than are streamed",
+        "longer than a chunk",
+        "packed, longer than a chunk",
+        "all tokens on one expert",
+    ):
         x, *rest = case(MOE, name)
         together, alone = cpp(ops, "moe_dispatch")(x, *rest), [cpp(ops, "moe_dispatch")(row[None], *rest) for row in x]
         assert torch.equal(together, torch.cat(alone))
@@ -205,7 +217,7 @@ def test_attention_refuses(ops: OpsBuild) -> None:
 
 
 def test_moe_refuses(ops: OpsBuild) -> None:
-    x, router, *rest = case(MOE, "mxfp4, one token")
+    x, router, *rest = case(MOE, "packed, one token")
     with pytest.raises(RuntimeError, match="x must end in the router's 64 features"):
         cpp(ops, "moe_dispatch")(x[:, :32], router, *rest)
     with pytest.raises(RuntimeError, match="both or neither"):

@@ -15,6 +15,7 @@ from oxfuse.compiler.plan import Plan, make_plan
 from oxfuse.models.checkpoint import Checkpoint
 from oxfuse.models.virtual import virtual_model
 from oxfuse.passes.fusions.build import OpsBuild
+from oxfuse.passes.fusions.moe_dispatch.packed import pack_experts
 from oxfuse.runtime import CompiledModel
 from oxfuse.runtime.engine import Engine
 
@@ -63,6 +64,8 @@ def fused_model(
     model = virtual_model(plan.contract, plan.config, plan.task, plan.dtype)
     encodings = {name: source.encoding for name, source in plan.sources.items()}
     fused = fuse(model, encodings, requested=plan.contract.fusions)
+    if ops is not None:
+        pack_experts(fused.step, fused.weights)
     values = weight_values(plan, fused)
     if change is not None:
         change(fused.step, values)

@@ -1,7 +1,7 @@
 // aten::linear on the CPU for bfloat16: products with activations widened to float32, one rounding at the end.
 //
 // torch multiplies bfloat16 by its own kernels, which on processors without instructions for it run far below the memory's speed
-// at one row and below float32's at many. Where a processor has them, many rows go to torch.
+// at one row and below float32's at many. Where a processor is fast at it, many rows go to torch.
 #include "../product.h"
 
 namespace oxfuse {
@@ -43,7 +43,7 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
   shape.back() = rows;
   const int64_t tokens = length ? input.numel() / length : 0;
   const Tensor in = torch::stable::contiguous(input);
-  if (tokens > MR && multiplies_bfloat16()) return by_torch(in, weight, bias);
+  if (tokens > MR && (multiplies_bfloat16() || multiplies_matrices())) return by_torch(in, weight, bias);
 
   const Tensor out = torch::stable::new_empty(input, shape);
   const int64_t stride = round_up(length, LANES);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oxfuse.passes.fusions.contract import OpCase
+from oxfuse.passes.fusions.moe_dispatch.packed import PackedBlocks, PackedScales
 
 DISPATCH, EXPERTS = "oxfuse::moe_dispatch", "oxfuse::moe_experts"
 ALPHA, LIMIT = 1.702, 7.0
@@ -25,15 +26,17 @@ def _case(
     *,
     mxfp4: bool = False,
     scales: tuple[int, int] = (119, 125),
+    down_scales: tuple[int, int] = (119, 125),
     bias: Callable[[Tensor], Tensor] = lambda bias: bias,
     biases: float = 1.0,
     spread: float = 1.0,
     op: str = DISPATCH,
     columns: bool = False,
+    packed: bool = False,
 ) -> OpCase:
-    """`scales` bound the bytes of gate_up; `bias` changes the router's, and `biases` scales the experts'.
+    """`scales` bound the bytes of gate_up, `down_scales` of down; `bias` changes the router's, `biases` scales the experts'.
 
-    With `columns` experts are views of their transposes.
+    With `columns` experts are views of their transposes; `packed` is a layout of MXFP4.
     """
 
     def args(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -50,7 +53,9 @@ def _case(
             return blocks, torch.randint(*scales, (experts, rows, length // 32), dtype=torch.uint8, generator=generator)
 
         x, router, router_bias = random(*shape, hidden) * spread, random(experts, hidden), bias(random(experts))
-        first, second = weight(2 * width, hidden, scales), weight(hidden, width, (119, 125))
+        first, second = weight(2 * width, hidden, scales), weight(hidden, width, down_scales)
+        if packed:
+            first, second = (_packed(*bank, pairs) for bank, pairs in ((first, True), (second, False)))
         first_bias, second_bias = (random(experts, size).mul(biases).to(dtype) for size in (2 * width, hidden))
         rest = *first, first_bias, *second, second_bias, top_k, ALPHA, LIMIT
         if op == EXPERTS:
@@ -58,12 +63,36 @@ def _case(
             return x.to(dtype), logits.to(torch.promote_types(dtype, torch.float32)), *rest
         return x.to(dtype), router.to(dtype), router_bias.to(dtype), *rest
 
-    return OpCase(name=name, op=op, args=args)
+    return OpCase(name=name, op=op, args=args, cpp=packed or not mxfp4)
+
+
+def _packed(blocks: Tensor, scales: Tensor | None, pairs: bool) -> tuple[Tensor, Tensor]:
+    assert scales is not None
+    return PackedBlocks(pairs).apply(blocks).contiguous(), PackedScales(pairs).apply(scales).contiguous()
 
 
 def _e2m1(code: int) -> float:
     sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
     return (-1.0) ** sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+
+
+def _unpacked(panels: Tensor, scales: Tensor, rows: int, pairs: bool) -> tuple[Tensor, Tensor]:
+    """One expert's blocks [rows, K / 32, 16] and scales, nibble by nibble."""
+    out = torch.zeros(rows, panels.shape[1], 16, dtype=torch.uint8)
+    factors = torch.zeros(rows, panels.shape[1], dtype=torch.uint8)
+    for row in range(rows):
+        panel, lane = (2 * (row // 32) + row % 2, row % 32 // 2) if pairs else divmod(row, 16)
+        factors[row] = scales[panel, :, lane]
+        for k in range(32):
+            place = (0, 4, 1, 5, 2, 6, 3, 7)[k % 8]  # of the eight nibbles of four bytes
+            byte = panels[panel, :, k // 8 * 64 + lane * 4 + place // 2]
+            out[row, :, k // 2] |= (byte >> 4 * (place % 2) & 15) << 4 * (k % 2)
+    return out, factors
+
+
+def _all_unpacked(panels: Tensor, scales: Tensor, rows: int, pairs: bool) -> tuple[Tensor, Tensor]:
+    parts = [_unpacked(w, s, rows, pairs) for w, s in zip(panels, scales, strict=True)]
+    return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
 
 
 def _rows(weight: Tensor, scales: Tensor | None) -> Tensor:
@@ -100,6 +129,9 @@ def _naive_experts(
     limit: float,
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64)
+    if gate_up_scales is not None and down_scales is not None and gate_up_scales.dim() == 4:
+        gate_up, gate_up_scales = _all_unpacked(gate_up, gate_up_scales, gate_up_bias.shape[1], True)
+        down, down_scales = _all_unpacked(down, down_scales, down_bias.shape[1], False)
     first, second = (
         [_rows(w[e], None if s is None else s[e]) for e in range(len(w))]
         for w, s in ((gate_up, gate_up_scales), (down, down_scales))
@@ -147,6 +179,18 @@ CASES = (
     _case("mxfp4, longer than a chunk", (12,), 544, 32, 3, 2, mxfp4=True),
     _case("mxfp4, smallest scales", (5,), 32, 32, 3, 2, mxfp4=True, scales=(0, 4), biases=0.0),
     _case("mxfp4, all tokens on one expert", (140,), 32, 32, 3, 1, mxfp4=True, bias=_one_expert),
+    _case("packed, one token", (1,), 64, 32, 4, 2, mxfp4=True, packed=True),
+    _case("packed, two to an expert", (4,), 32, 64, 2, 1, mxfp4=True, packed=True),
+    _case("packed, three to an expert", (3,), 32, 64, 3, 3, mxfp4=True, packed=True),
+    _case("packed, more than are streamed", (9,), 64, 96, 2, 2, mxfp4=True, packed=True),
+    _case("packed, longer than a chunk", (12,), 544, 32, 3, 2, mxfp4=True, packed=True),
+    _case("packed, smallest scales", (15,), 32, 32, 3, 2, mxfp4=True, packed=True, down_scales=(0, 4), biases=0.0),
+    _case("packed, smallest scales, streamed", (2,), 32, 32, 3, 2, mxfp4=True, packed=True, down_scales=(0, 4), biases=0.0),
+    _case(
+        "packed, largest scales", (15,), 32, 32, 3, 2, mxfp4=True, packed=True, down_scales=(244, 250), spread=1e-3, biases=0.0
+    ),
+    _case("packed, all tokens on one expert", (250,), 32, 32, 3, 1, mxfp4=True, packed=True, bias=_one_expert),
+    _case("packed, empty experts", (30,), 96, 64, 5, 2, mxfp4=True, packed=True, bias=_empty_expert),
     _case("logits given, one token", (1,), 48, 40, 6, 3, op=EXPERTS),
     _case("logits given, odd sizes", (5,), 19, 11, 5, 2, op=EXPERTS),
     _case("logits given, all tokens on one expert", (20,), 34, 18, 3, 1, bias=_one_expert, op=EXPERTS),

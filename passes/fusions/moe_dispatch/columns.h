@@ -18,7 +18,6 @@ static_assert(PANEL % (ACROSS * LANES) == 0, "a panel is whole register tiles");
 
 template <class T>
 struct DenseColumns {
-  static int64_t place(int64_t k) { return k; }
   const T* values;
   int64_t rows, length;
 };

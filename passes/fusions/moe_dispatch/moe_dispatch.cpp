@@ -5,28 +5,18 @@
 // Activations are float32 from the input to the one rounding at the end; but where a bfloat16 model meets a processor that multiplies
 // bfloat16, experts with many tokens use that, and their hidden values are rounded to it as the reference in that dtype does.
 #include "columns.h"
+#include "packed.h"
 
 namespace oxfuse {
 
 constexpr int64_t STEP_BYTES = 128 << 20;  // bound of the hidden values and outputs of the routed rows held at once
-struct Mxfp4Experts {
-  using Tile = Mxfp4;
-  static int64_t place(int64_t k) { return interleaved(k); }
-  const uint8_t *values, *scales;
-  int64_t rows, length;
-  const float* power;
-  Tile tile(int64_t expert, int64_t row) const {
-    Tile out;
-    out.power = power;
-    out.ahead = NR * (length / 2);
-    for (int r = 0; r < NR; ++r) {
-      const int64_t at = expert * rows + std::min(row + r, rows - 1);
-      out.row[r] = values + at * (length / 2);
-      out.scale[r] = scales + at * (length / 32);
-    }
-    return out;
-  }
-};
+
+inline Floats swiglu(Floats gate, Floats up, float alpha, float limit) {
+  gate = gate > limit ? splat(limit) : gate;  // in this form NaN stays NaN
+  up = up > limit ? splat(limit) : up;
+  up = up < -limit ? splat(-limit) : up;
+  return (up + 1.f) * gate / (1.f + exp(-alpha * gate));
+}
 
 // hidden[i] = SwiGLU of the clamped pair (tile[2 * i], tile[2 * i + 1]).
 static void activate(const float* tile, int64_t pairs, float alpha, float limit, float* hidden) {
@@ -34,11 +24,7 @@ static void activate(const float* tile, int64_t pairs, float alpha, float limit,
     const int64_t part = std::min<int64_t>(LANES, pairs - i);
     float gates[LANES] = {}, ups[LANES] = {};
     for (int64_t j = 0; j < part; ++j) gates[j] = tile[2 * (i + j)], ups[j] = tile[2 * (i + j) + 1];
-    Floats gate = load(gates), up = load(ups);
-    gate = gate > limit ? splat(limit) : gate;  // in this form NaN stays NaN
-    up = up > limit ? splat(limit) : up;
-    up = up < -limit ? splat(-limit) : up;
-    const Floats value = (up + 1.f) * gate / (1.f + exp(-alpha * gate));
+    const Floats value = swiglu(load(gates), load(ups), alpha, limit);
     std::memcpy(hidden + i, &value, part * sizeof(float));
   }
 }
@@ -139,7 +125,24 @@ static void for_each_product(const W& weights, const Routing& routing, const Row
   });
 }
 
-// One step of at most as many tokens as STEP_BYTES allows. x: rows in the order of `W::place`, padded.
+// out[t] = the weighted sum of the routed rows of token t.
+template <class T>
+static void combine(const Routing& routing, const float* outer, int64_t tokens, int64_t k, int64_t hidden, T* out) {
+  parallel_for(0, tokens, 1 + GRAIN / (k * hidden), [&](int64_t first, int64_t last) {
+    std::vector<float> total(hidden);
+    for (int64_t t = first; t < last; ++t) {
+      std::fill(total.begin(), total.end(), 0.f);
+      for (int64_t j = 0; j < k; ++j) {
+        const float weight = routing.weight[t * k + j], *row = &outer[routing.row[t * k + j] * hidden];
+#pragma omp simd
+        for (int64_t i = 0; i < hidden; ++i) total[i] += weight * row[i];
+      }
+      for (int64_t i = 0; i < hidden; ++i) out[t * hidden + i] = narrow<T>(total[i]);
+    }
+  });
+}
+
+// One step of at most as many tokens as STEP_BYTES allows. x: rows, padded.
 template <class T, class W>
 static void run_experts(const Routing& routing, const Rows& x, const W& gate_up, const Values& gate_up_bias,
                         const W& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
@@ -164,7 +167,7 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
     activate(tile, count * apart / 2, alpha, limit, values);
     for (int i = 0; i < count; ++i)
       for (int64_t r = 0; r < some / 2; ++r) {
-        const int64_t at = (m + i) * stride + W::place(first / 2 + r);
+        const int64_t at = (m + i) * stride + first / 2 + r;
         inner[at] = values[i * apart / 2 + r];
         if (inner_half) inner_half[at] = narrow<bfloat16>(inner[at]);
       }
@@ -173,18 +176,45 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
     for (int i = 0; i < count; ++i)
       for (int64_t r = 0; r < some; ++r) outer[(m + i) * hidden + first + r] = tile[i * apart + r] + down_bias[e * hidden + first + r];
   });
-  parallel_for(0, tokens, 1 + GRAIN / (k * hidden), [&](int64_t first, int64_t last) {
-    std::vector<float> total(hidden);
-    for (int64_t t = first; t < last; ++t) {
-      std::fill(total.begin(), total.end(), 0.f);
-      for (int64_t j = 0; j < k; ++j) {
-        const float weight = routing.weight[t * k + j], *row = &outer[routing.row[t * k + j] * hidden];
-#pragma omp simd
-        for (int64_t i = 0; i < hidden; ++i) total[i] += weight * row[i];
-      }
-      for (int64_t i = 0; i < hidden; ++i) out[t * hidden + i] = narrow<T>(total[i]);
+  combine(routing, outer.get(), tokens, k, hidden, out);
+}
+
+// The same for experts in the packed layout; x are rows of the tokens, `stride` values apart.
+template <class T>
+static void run_packed(const Routing& routing, const Activations& x, const PackedExperts& gate_up, const Values& gate_up_bias,
+                       const PackedExperts& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
+  const int64_t rows = tokens * k, hidden = gate_up.length, width = down.length;
+  std::unique_ptr<float[]> sorted(new float[rows * hidden]), inner(new float[rows * width]), outer(new float[rows * hidden]);
+  std::unique_ptr<bfloat16[]> sorted_half(x.half ? new bfloat16[rows * hidden] : nullptr), inner_half(x.half ? new bfloat16[rows * width] : nullptr);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Activations from = x.from(routing.token[row]);
+    std::memcpy(&sorted[row * hidden], from.wide, hidden * sizeof(float));
+    if (x.half) std::memcpy(&sorted_half[row * hidden], from.half, hidden * sizeof(bfloat16));
+  }
+  for_each_panel_pair(gate_up, routing.begin, {sorted.get(), sorted_half.get(), hidden}, [&](int64_t e, int64_t m, int count, int64_t panel, const float* results) {
+    float gate_bias[PANEL_ROWS], up_bias[PANEL_ROWS];
+    const int64_t first = panel / 2 * PANEL_ROWS;
+    for (int r = 0; r < PANEL_ROWS; ++r) {
+      gate_bias[r] = gate_up_bias[e * 2 * width + 2 * (first + r)];
+      up_bias[r] = gate_up_bias[e * 2 * width + 2 * (first + r) + 1];
     }
+    for (int i = 0; i < count; ++i)
+      for (int v = 0; v < PANEL_ROWS; v += LANES) {
+        const float* from = results + i * WIDTH + v;
+        const Floats value = swiglu(load(from) + load(gate_bias + v), load(from + PANEL_ROWS) + load(up_bias + v), alpha, limit);
+        const int64_t at = (m + i) * width + first + v;
+        store(&inner[at], value);
+        if (inner_half) store_narrow(&inner_half[at], value);
+      }
   });
+  for_each_panel_pair(down, routing.begin, {inner.get(), inner_half.get(), width}, [&](int64_t e, int64_t m, int count, int64_t panel, const float* results) {
+    float bias[WIDTH];
+    const int64_t first = panel * PANEL_ROWS;
+    for (int r = 0; r < WIDTH; ++r) bias[r] = down_bias[e * hidden + first + r];
+    for (int i = 0; i < count; ++i)
+      for (int v = 0; v < WIDTH; v += LANES) store(&outer[(m + i) * hidden + first + v], load(results + i * WIDTH + v) + load(bias + v));
+  });
+  combine(routing, outer.get(), tokens, k, hidden, out);
 }
 
 static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const Tensor& router_bias, const Tensor& gate_up,
@@ -198,11 +228,11 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   check_shape("gate_up_bias", gate_up_bias, {experts, 2 * width});
   check_shape("down_bias", down_bias, {experts, hidden});
   if (gate_up_scales) {
-    check_shape("gate_up", gate_up, {experts, 2 * width, hidden / 32, 16});
-    check_shape("gate_up_scales", *gate_up_scales, {experts, 2 * width, hidden / 32});
-    check_shape("down", down, {experts, hidden, width / 32, 16});
-    check_shape("down_scales", *down_scales, {experts, hidden, width / 32});
     OXFUSE_CHECK(hidden % 32 == 0 && width % 32 == 0, "MXFP4 needs sizes that 32 divides, found " + text(hidden) + " and " + text(width));
+    check_shape("packed gate_up", gate_up, {experts, width / 8, hidden / 32, BLOCK_BYTES});
+    check_shape("gate_up_scales", *gate_up_scales, {experts, width / 8, hidden / 32, PANEL_ROWS});
+    check_shape("packed down", down, {experts, hidden / 16, width / 32, BLOCK_BYTES});
+    check_shape("down_scales", *down_scales, {experts, hidden / 16, width / 32, PANEL_ROWS});
     for (const Tensor* bytes : {&gate_up, &*gate_up_scales, &down, &*down_scales}) check_dtype("an MXFP4 tensor", *bytes, "uint8");
   } else {
     check_shape("gate_up", gate_up, {experts, 2 * width, hidden});
@@ -225,41 +255,40 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   with_type("x", x, [&](auto type) {
     using T = decltype(type);
     const T* router = data<T>(router_weight);
-    std::unique_ptr<float[]> natural(new float[std::min(step, tokens) * stride]), placed;
-    if (gate_up_scales) placed.reset(new float[std::min(step, tokens) * stride]);
+    std::unique_ptr<float[]> wide(new float[std::min(step, tokens) * stride]);
     std::unique_ptr<bfloat16[]> halves;
-    if (std::is_same_v<T, bfloat16> && multiplies_bfloat16() && !columns) halves.reset(new bfloat16[std::min(step, tokens) * stride]);
+    const bool halved = gate_up_scales ? has_bfloat16() : multiplies_bfloat16() && !columns;
+    if (std::is_same_v<T, bfloat16> && halved) halves.reset(new bfloat16[std::min(step, tokens) * stride]);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);
-      std::vector<const float*> rows(count);
-      Rows routed;
+      Rows rows;
       for (int64_t t = 0; t < count; ++t) {
-        float *row = &natural[t * stride], *other = placed ? &placed[t * stride] : row;
+        float* row = &wide[t * stride];
         const T* source = data<T>(x_in) + (begin + t) * hidden;
         for (int64_t i = 0; i < hidden; ++i) row[i] = widen(source[i]);
         std::fill(row + hidden, row + stride, 0.f);
-        if (placed)
-          for (int64_t i = 0; i < hidden; ++i) other[interleaved(i)] = row[i];
-        rows[t] = row;
-        routed.wide.push_back(other);
+        rows.wide.push_back(row);
         if (!halves) continue;
-        for (int64_t i = 0; i < stride; ++i) halves[t * stride + i] = narrow<bfloat16>(other[i]);
-        routed.half.push_back(&halves[t * stride]);
+        for (int64_t i = 0; i < stride; ++i) halves[t * stride + i] = narrow<bfloat16>(row[i]);
+        rows.half.push_back(&halves[t * stride]);
       }
-      const Routing routing = route(rows.data(), count, router, router_b, experts, hidden, top_k);
+      const Routing routing = route(rows.wide.data(), count, router, router_b, experts, hidden, top_k);
       T* result = static_cast<T*>(out.data_ptr()) + begin * hidden;
-      const auto run = [&](const auto& first, const auto& second) {
-        run_experts(routing, routed, first, gate_up_b, second, down_b, count, top_k, static_cast<float>(alpha), static_cast<float>(limit), result);
-      };
+      const float a = static_cast<float>(alpha), l = static_cast<float>(limit);
       if (gate_up_scales) {
         static const Powers powers;
-        run(Mxfp4Experts{data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), 2 * width, hidden, powers.of},
-            Mxfp4Experts{data<uint8_t>(down), data<uint8_t>(*down_scales), hidden, width, powers.of});
-      } else if (columns) {
-        run(DenseColumns<T>{data<T>(gate_up), 2 * width, hidden}, DenseColumns<T>{data<T>(down), hidden, width});
-      } else {
-        run(DenseRows<T>{data<T>(gate_up), 2 * width, hidden}, DenseRows<T>{data<T>(down), hidden, width});
+        run_packed(routing, {wide.get(), halves.get(), stride},
+                   {data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), width / 8, hidden, powers.of}, gate_up_b,
+                   {data<uint8_t>(down), data<uint8_t>(*down_scales), hidden / 16, width, powers.of}, down_b, count, top_k, a, l, result);
+        continue;
       }
+      const T *first = data<T>(gate_up), *second = data<T>(down);
+      if (columns)
+        run_experts(routing, rows, DenseColumns<T>{first, 2 * width, hidden}, gate_up_b, DenseColumns<T>{second, hidden, width}, down_b, count,
+                    top_k, a, l, result);
+      else
+        run_experts(routing, rows, DenseRows<T>{first, 2 * width, hidden}, gate_up_b, DenseRows<T>{second, hidden, width}, down_b, count, top_k,
+                    a, l, result);
     }
   });
   return out;

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from oxfuse.passes.fusions.linear.reference import arch_of
 
+PANEL = 16
+"""Rows of a panel in the packed layout."""
+
 
 def moe_dispatch(
     x: Tensor,
@@ -31,7 +34,8 @@ def moe_dispatch(
 
     x [..., H]; router_weight [E, H], router_bias [E]; gate_up_bias [E, 2I], down_bias [E, H]. Without scales gate_up is
     [E, 2I, H] and down [E, H, I] in x's dtype, both contiguous or both views of contiguous [E, H, 2I] and [E, I, H]; with scales
-    they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with gate_up_scales uint8 [E, 2I, H / 32], down likewise over I. Rows are
+    they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with gate_up_scales uint8 [E, 2I, H / 32], down likewise over I; on CPUs
+    also packed (packed.py), as [E, P, H / 32, 256] with scales [E, P, H / 32, 16]. Rows are
     output features; even rows of gate_up are the gate, odd ones the up projection. Everything is computed in
     promote(x.dtype, float32), the hidden values between the two products included, and rounded once at the end. Raises
     NotImplementedError on devices other than cpu and cuda.
@@ -136,6 +140,10 @@ def experts(
     hidden = (up + 1) * gate * sigmoid(alpha * gate).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    if gate_up_scales is not None and down_scales is not None and gate_up_scales.dim() == 4:
+        rows = gate_up_bias.shape[1], down_bias.shape[1]
+        gate_up, gate_up_scales = unpack(gate_up, rows[0], True), unpack_scales(gate_up_scales, rows[0], True)
+        down, down_scales = unpack(down, rows[1], False), unpack_scales(down_scales, rows[1], False)
     first = _dense(gate_up, gate_up_scales, wide).transpose(1, 2)  # [E, H, 2I]
     gate, up = (torch.matmul(x.to(wide), first) + gate_up_bias.to(wide)[:, None]).unflatten(-1, (-1, 2)).unbind(-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -164,6 +172,26 @@ def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     twice = torch.where(exponent == 0, mantissa, (2 + mantissa) << (exponent - 1).clamp(min=0, max=2)).to(dtype)
     values = torch.where(code < 8, twice, -twice) / 2
     return torch.ldexp(values, scales.to(torch.int32)[..., None] - 127).flatten(-2)
+
+
+def unpack(panels: Tensor, rows: int, pairs: bool) -> Tensor:
+    """Return the blocks [E, rows, K / 32, 16] of packed ones [E, P, K / 32, 256]; `pairs`: even and odd rows by turns."""
+    lanes = panels.unflatten(-1, (4, PANEL, 4)).permute(0, 1, 4, 2, 3, 5)  # [E, P, 16, K / 32, 4, 4]
+    codes = torch.stack([lanes & 15, lanes >> 4], -1).flatten(-2)  # nibbles: the values 0, 2, 4, 6, 1, 3, 5, 7
+    codes = torch.stack([codes[..., :4], codes[..., 4:]], -1).flatten(-3)  # [E, P, 16, K / 32, 32]
+    return _in_rows(codes[..., ::2] | codes[..., 1::2] << 4, rows, pairs)
+
+
+def unpack_scales(panels: Tensor, rows: int, pairs: bool) -> Tensor:
+    """Return the scales [E, rows, K / 32] of packed ones [E, P, K / 32, 16]."""
+    return _in_rows(panels.transpose(2, 3), rows, pairs)
+
+
+def _in_rows(panels: Tensor, rows: int, pairs: bool) -> Tensor:
+    """Return [E, P, 16, ...] as [E, rows, ...]."""
+    turns = 1 + pairs
+    parts = [panels[:, first::turns].flatten(1, 2)[:, : rows // turns] for first in range(turns)]
+    return torch.stack(parts, 2).flatten(1, 2)
 
 
 def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
