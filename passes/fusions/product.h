@@ -51,16 +51,9 @@ void product(const W& w, const float* const* x, int m, int64_t length, Scratch& 
     const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, LANES);
     for (int r = 0; r < NR; ++r) {
       float* out = scratch.decoded.get() + r * CHUNK;
-      constexpr int WIDTH = W::STEP * LANES;
-      Floats vectors[W::STEP];
       int64_t k = 0;
-      for (; k + WIDTH <= count; k += WIDTH) {
-        w.vectors(r, begin + k, vectors);
-        std::memcpy(out + k, vectors, sizeof(vectors));
-      }
-      if constexpr (W::STEP == 1) {
-        if (k < count) store(out + k, load(w.row[r] + begin + k, count - k));
-      }
+      for (; k + LANES <= count; k += LANES) store(out + k, w.vector(r, begin + k));
+      if (k < count) store(out + k, load(w.row[r] + begin + k, count - k));
     }
     for (int i = 0; i < m; i += MR) {
       const float* rows[MR];
@@ -84,16 +77,9 @@ void product(const W& w, const bfloat16* const* x, int m, int64_t length, Scratc
     const int64_t count = std::min(CHUNK, length - begin), padded = round_up(count, 2 * LANES);
     for (int r = 0; r < NR; ++r) {
       bfloat16* out = scratch.halves.get() + r * CHUNK;
-      constexpr int WIDTH = W::STEP * LANES;
-      Floats vectors[W::STEP];
       int64_t k = 0;
-      for (; k + WIDTH <= count; k += WIDTH) {
-        w.vectors(r, begin + k, vectors);
-        for (int i = 0; i < W::STEP; ++i) store_upper(out + k + i * LANES, vectors[i]);
-      }
-      if constexpr (W::STEP == 1) {
-        if (k < count) store_upper(out + k, load(w.row[r] + begin + k, count - k)), k += LANES;
-      }
+      for (; k + LANES <= count; k += LANES) store_upper(out + k, w.vector(r, begin + k));
+      if (k < count) store_upper(out + k, load(w.row[r] + begin + k, count - k)), k += LANES;
       if (k < padded) std::fill(out + k, out + padded, bfloat16{});
     }
     for (int i = 0; i < m; i += MR) {

@@ -122,24 +122,22 @@ inline Floats exp(Floats x) {
   return x < -87.3f ? Floats{} : y * power;
 }
 
-// Weights of a register tile, row by row: `vectors(r, k, out)` gives the STEP vectors that stand for the values from k on. `fetch(r, k)`
+// Weights of a register tile, row by row: `vector(r, k)` gives the values from k on. `fetch(r, k)`
 // asks the memory for the same place of the next tile, `ahead` elements on: a row is often too short for the processor to see by itself
 // what comes after it. With rows of 1024 bfloat16 values that is worth a quarter.
 template <class T>
 struct Dense {
-  static constexpr int STEP = 1;
   const T* row[NR];
   int64_t ahead;
   void fetch(int r, int64_t k) const { __builtin_prefetch(row[r] + k + ahead); }
-  void vectors(int r, int64_t k, Floats* out) const { out[0] = load(row[r] + k); }
+  Floats vector(int r, int64_t k) const { return load(row[r] + k); }
 };
 
 // Decoded weights, which the first-level cache holds.
 struct Decoded {
-  static constexpr int STEP = 1;
   const float* row[NR];
   void fetch(int, int64_t) const {}
-  void vectors(int r, int64_t k, Floats* out) const { out[0] = load(row[r] + k); }
+  Floats vector(int r, int64_t k) const { return load(row[r] + k); }
 };
 
 struct Powers {
@@ -149,7 +147,7 @@ struct Powers {
   }
 };
 
-// acc[m * NR + r] += x[m] . row r over the values [begin, begin + length), a multiple of a step, for M rows of x.
+// acc[m * NR + r] += x[m] . row r over the values [begin, begin + length), whole vectors, for M rows of x.
 template <int M, class W>
 __attribute__((noinline)) void advance_steps(const W& w, const float* const* x, int64_t begin, int64_t length, Floats* acc) {
   Floats local[M][NR];
@@ -157,21 +155,16 @@ __attribute__((noinline)) void advance_steps(const W& w, const float* const* x, 
 #pragma GCC unroll 24
   for (int i = 0; i < M * NR; ++i) local[i / NR][i % NR] = acc[i];
   for (int m = 0; m < M; ++m) rows[m] = x[m] + begin;
-  for (int64_t k = 0; k < length; k += W::STEP * LANES) {
-    Floats values[M][W::STEP];
+  for (int64_t k = 0; k < length; k += LANES) {
+    Floats values[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int i = 0; i < W::STEP; ++i) values[m][i] = load(rows[m] + k + i * LANES);
+    for (int m = 0; m < M; ++m) values[m] = load(rows[m] + k);
 #pragma GCC unroll 6
     for (int r = 0; r < NR; ++r) {
-      Floats weight[W::STEP];
       w.fetch(r, begin + k);
-      w.vectors(r, begin + k, weight);
+      const Floats weight = w.vector(r, begin + k);
 #pragma GCC unroll 4
-      for (int i = 0; i < W::STEP; ++i)
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) local[m][r] += values[m][i] * weight[i];
+      for (int m = 0; m < M; ++m) local[m][r] += values[m] * weight;
     }
   }
 #pragma GCC unroll 24
@@ -267,21 +260,19 @@ void advance_rows(const W& w, const float* const* x, int m, int64_t begin, int64
 // acc[m * NR + r] = x[m] . row r for m <= MR rows of x, which are padded with zeros to whole vectors; `sum` it.
 template <class W>
 void dot_rows(const W& w, const float* const* x, int m, int64_t length, Floats* acc) {
-  const int64_t whole = length - length % (W::STEP * LANES);
+  const int64_t whole = length - length % LANES;
   std::fill_n(acc, m * NR, Floats{});
   advance_rows(w, x, m, 0, whole, acc);
-  if constexpr (W::STEP == 1) {  // MXFP4 rows are whole blocks
-    if (whole == length) return;
-    float ends[NR][LANES], *starts = ends[0];
-    Decoded rest;
-    const float* places[MR];
-    for (int r = 0; r < NR; ++r) {
-      store(ends[r], load(w.row[r] + whole, length - whole));
-      rest.row[r] = starts + r * LANES;
-    }
-    for (int i = 0; i < m; ++i) places[i] = x[i] + whole;
-    advance_rows(rest, places, m, 0, LANES, acc);
+  if (whole == length) return;
+  float ends[NR][LANES], *starts = ends[0];
+  Decoded rest;
+  const float* places[MR];
+  for (int r = 0; r < NR; ++r) {
+    store(ends[r], load(w.row[r] + whole, length - whole));
+    rest.row[r] = starts + r * LANES;
   }
+  for (int i = 0; i < m; ++i) places[i] = x[i] + whole;
+  advance_rows(rest, places, m, 0, LANES, acc);
 }
 
 }  // namespace oxfuse
