@@ -85,7 +85,8 @@ def test_transformers_generates_the_same_from_a_static_cache(case: Case, experts
     assert fused() == fusions_of(model, "masked_attention", graphs())
 
 
-@pytest.mark.parametrize("family", ["oss", pytest.param("neox", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["oss", "neox"])
 def test_a_ragged_batch_of_any_length(family: str) -> None:
     model = transformers_gpt_oss() if family == "oss" else transformers_gpt_neox("sdpa")
     compiled = torch.compile(model, backend="oxfuse", dynamic=True)
@@ -129,6 +130,7 @@ def test_half_precision_is_no_worse(tmp_path: Path) -> None:
     assert float(ours.median()) <= 1.2 * float(theirs.median())
 
 
+@pytest.mark.slow
 def test_experts_in_a_loop_leave_the_rest_to_fuse() -> None:
     model = transformers_gpt_oss("eager", num_hidden_layers=2)
     compiled = torch.compile(model, backend="oxfuse", dynamic=True)
