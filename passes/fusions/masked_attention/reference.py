@@ -26,6 +26,10 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask:
         return launch_masked(torch.library.wrap_triton, q, k, v, sink, mask, scale, arch_of(q.device))
     if q.device.type != "cpu":
         raise NotImplementedError(f"oxfuse::masked_attention has no kernel for device {q.device}; it runs on cpu and cuda.")
+    return _attend(q, k, v, sink, mask, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).unflatten(2, (k.shape[2], -1))  # [B, S, KV, G, D]
     scores = torch.einsum("bikgd,bjkd->bkgij", grouped, k.to(wide)) * scale

@@ -27,7 +27,7 @@ HIDDEN = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCANNED = 2048
-"""Values of a mask that are looked at in one go."""
+"""Values of a mask that a tile of many tokens looks at in one go; one token looks at a fourth of them."""
 
 
 def launch_masked(
@@ -67,8 +67,9 @@ def _launch(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     (batch, tokens, heads, dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     group, decode = heads // kv_heads, not kind["CAUSAL"] and tokens == 1
-    shape = {"dtype": str(q.dtype).removeprefix("torch."), "head_dim": triton.next_power_of_2(dim)}
-    config = tuning.choose(Path(__file__).parent, "decode" if decode else "prefill", arch, **shape)
+    shape: dict[str, Any] = {"dtype": str(q.dtype).removeprefix("torch."), "head_dim": triton.next_power_of_2(dim)}
+    name, shape = ("decode", shape) if decode else ("prefill", {**shape, "causal": kind["CAUSAL"]})
+    config = tuning.choose(Path(__file__).parent, name, arch, **shape)
     rows = max(config.blocks["ROWS"], triton.next_power_of_2(group))
     part, rest = head_parts(dim)
     same: dict[str, Any] = {"SINK": sink is not None, "LIFT": LIFT.get(q.dtype, 0), "D": dim}
@@ -79,7 +80,7 @@ def _launch(
         cut |= {"SPLITS": config.blocks["SPLITS"], "CHUNK": config.blocks["CHUNK"]}
         partial = q.new_empty((batch, heads, cut["SPLITS"], dim), dtype=torch.float32)
         sums = q.new_empty((batch, heads, cut["SPLITS"], 2), dtype=torch.float32)
-    scanned = 1 if decode else triton.next_power_of_2(rows // group)
+    lines = 1 if decode else triton.next_power_of_2(rows // group)
     wrap(attention_kernel)[(cut["SPLITS"] if decode else tiles, kv_heads, batch)](
         q,
         k,
@@ -102,8 +103,8 @@ def _launch(
         PART=part,
         REST=rest,
         **{**config.keywords, "ROWS": rows, **cut},
-        LINES=scanned,
-        COLUMNS=max(64, SCANNED // scanned),
+        LINES=lines,
+        COLUMNS=max(64, SCANNED // max(4, lines)),
     )
     if decode:
         config = tuning.choose(Path(__file__).parent, "join", arch)
@@ -258,9 +259,9 @@ def seen_keys(
     """
     line, column = tl.arange(0, LINES), tl.arange(0, COLUMNS)
     there = (line < TOKENS) & (line < tokens)
-    place = masks + line[:, None].to(tl.int64) * mask_token + column[None, :] * mask_key
-    low, high = tl.full([LINES], 2147483647, tl.int32), tl.zeros([LINES], tl.int32)
-    finite = tl.zeros([LINES], tl.int32)
+    place = masks + (line[:, None] * mask_token + column[None, :] * mask_key)
+    low, high = tl.full([LINES, COLUMNS], 2147483647, tl.int32), tl.zeros([LINES, COLUMNS], tl.int32)
+    finite = tl.zeros([LINES, COLUMNS], tl.int32)
     step = tl.cast(mask_key, tl.int64)
     for at in range(begin, end, COLUMNS):
         key = (at + column)[None, :]
@@ -268,14 +269,14 @@ def seen_keys(
         if ADDED:
             value = tl.load(place + at * step, inside, float("-inf")).to(tl.float32)
             shown = (value > HIDDEN) | (value != value)
-            finite = tl.maximum(finite, tl.max((value > float("-inf")).to(tl.int32), 1))
+            finite = tl.where(value > float("-inf"), 1, finite)
         else:
-            shown = tl.load(place + at * step, inside, 0) != 0
-        low = tl.minimum(low, tl.min(tl.where(shown, key, 2147483647), 1))
-        high = tl.maximum(high, tl.max(tl.where(shown, key + 1, 0), 1))
-    low_of_all, high_of_all = tl.minimum(tl.min(low, 0), end), tl.max(high, 0)
+            shown = tl.load(place + at * step, inside, False)
+        low = tl.where(shown, tl.minimum(low, key), low)
+        high = tl.where(shown, key + 1, high)
+    low_of_all, high_of_all = tl.minimum(tl.min(low), end), tl.max(high)
     if ADDED:
-        alike = tl.max(((high == 0) & (finite > 0)).to(tl.int32), 0)
+        alike = tl.max(((tl.max(high, 1) == 0) & (tl.max(finite, 1) > 0)).to(tl.int32), 0)
         if LINES == 1:  # the keys may be but one split of all
             at = 0
             while (alike > 0) & (at < length):
@@ -329,8 +330,11 @@ def attend(
     UNIT: tl.constexpr = 1.0 if CAUSAL else LOG2E
     j = tl.arange(0, KEYS)
     k_step, v_step, mask_step = tl.cast(k_token, tl.int64), tl.cast(v_token, tl.int64), tl.cast(mask_key, tl.int64)
-    rows = masks + line[:, None].to(tl.int64) * mask_token + j[None, :] * mask_key
-    for at in range(begin, end, KEYS):
+    rows = masks + (line[:, None] * mask_token + j[None, :] * mask_key)
+    # Counted from 0: where the bounds of a loop come from a loop, Triton 3.7 loses what it knows of the pointers in it, and loads
+    # keys one by one.
+    for number in range(0, tl.cdiv(end - begin, KEYS)):
+        at = tl.multiple_of(begin + number * KEYS, KEYS)
         key = at + j
         there = key < end
         k_row, v_row = j * k_token, j * v_token
