@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oxfuse.compiler.lowering.kernels import SHARED_MEMORY, Launches, compile_launch
 from oxfuse.passes.fusions import tuning
 from oxfuse.passes.fusions.contract import OpCase
-from oxfuse.passes.fusions.masked_attention import reference
-from oxfuse.passes.fusions.masked_attention import triton as kernels
-from oxfuse.passes.fusions.masked_attention.cases import CASES, MASKED, NAIVE
-from oxfuse.passes.fusions.sink_attention import reference as sink_reference
+from oxfuse.passes.fusions.masked_attention.cases import CASES, MASKED
 
 from . import triton_interpreter
 from .triton_tolerances import assert_as_near

@@ -166,9 +166,9 @@ def attention_kernel(
 ):
     """Program (x, y, n): ROWS // G tokens of sequence n, and the G query heads of KV head y, a row each.
 
-    Of one split x counts tiles of tokens, and `out` is the result [B, S, NH, D]. Of more, S is 1 and x is the split: `out` float32
-    [B, NH, SPLITS, D] and `sums` float32 [B, NH, SPLITS, 2] take what it finds. Strides are in elements. A mask is read LINES
-    tokens by COLUMNS keys at a time.
+    Of one split x counts tiles of tokens, and `out` is the result [B, S, NH, D]. Of more, S is 1 and x is the split: `out`
+    float32 [B, NH, SPLITS, D] and `sums` float32 [B, NH, SPLITS, 2] take what it finds. Strides are in elements. A mask is read
+    LINES tokens by COLUMNS keys at a time.
     """
     TOKENS: tl.constexpr = ROWS // G
     head, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -333,7 +333,7 @@ def attend(
     rows = masks + (line[:, None] * mask_token + j[None, :] * mask_key)
     # Counted from 0: where the bounds of a loop come from a loop, Triton 3.7 loses what it knows of the pointers in it, and loads
     # keys one by one.
-    for number in range(0, tl.cdiv(end - begin, KEYS)):
+    for number in range(tl.cdiv(end - begin, KEYS)):
         at = tl.multiple_of(begin + number * KEYS, KEYS)
         key = at + j
         there = key < end

@@ -223,7 +223,7 @@ def lies_in_columns(weight: Tensor) -> bool:
     if weight.transpose(1, 2).is_contiguous():
         return True
     raise ValueError(
-        f"The kernels take experts that are contiguous, or a view of their contiguous transposes; these of {[*weight.shape]} have "
+        f"The kernels take experts that are contiguous or views of their contiguous transposes; these, {[*weight.shape]}, have "
         f"strides {[*weight.stride()]}."
     )
 

@@ -44,9 +44,9 @@ def gate_up_kernel(
 ):
     """Program (i, j): hidden features from i * ROWS // 2, tile j of the sorted pairs.
 
-    x [T, H], or [T, H rounded up to 128] in the order `natural` where MXFP4; weight, scales and bias as in reference.py, the weight
-    [E, H, 2 INNER] where COLUMNS. hidden [pairs, TERMS, STRIDE] is by place in `order`, in the order `natural` and 0 beyond INNER
-    where MXFP4.
+    x [T, H], or [T, H rounded up to 128] in the order `natural` where MXFP4; weight, scales and bias as in reference.py, the
+    weight [E, H, 2 INNER] where COLUMNS. hidden [pairs, TERMS, STRIDE] is by place in `order`, in the order `natural` and 0
+    beyond INNER where MXFP4.
     """
     expert, first, end = tile_of(starts, tl.program_id(1), E, EXPERTS, PAIRS)
     if first >= end:
