@@ -53,19 +53,25 @@ def passes_on(device: str, model: nn.Module, **given: Any) -> tuple[fx.GraphModu
     return traced, {result.name: result for result in results}
 
 
-def cached(model: nn.Module) -> dict[str, Any]:
-    """Return what a step over a static cache is called with."""
-    from transformers import StaticCache
+def ragged() -> dict[str, Tensor]:
+    """Return two sequences of unlike lengths, with a mask that tells."""
+    mask = torch.ones(2, 25, dtype=torch.long)
+    mask[0, :4] = 0
+    return {"input_ids": IDS.expand(2, 25), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    return {"input_ids": IDS, "past_key_values": cache, "use_cache": True}
 
-
-@pytest.mark.parametrize("family", ["oss", "neox"])
-@pytest.mark.parametrize("attention", ["sink_attention", "masked_attention"])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param("oss", "sink_attention", marks=pytest.mark.slow),
+        ("oss", "masked_attention"),
+        pytest.param("neox", "sink_attention", marks=pytest.mark.slow),
+        pytest.param("neox", "masked_attention", marks=pytest.mark.slow),
+    ],
+)
 def test_every_layer_is_fused(family: str, attention: str) -> None:
     model = transformers_gpt_oss() if family == "oss" else transformers_gpt_neox("sdpa")
-    given = cached(model) if attention == "masked_attention" else {"input_ids": IDS}
+    given = ragged() if attention == "masked_attention" else {"input_ids": IDS}
     _, results = passes_on("cuda", model, **given)
     layers = model.config.num_hidden_layers
     wanted = {attention: layers, "rotary_embedding": layers}
@@ -99,6 +105,7 @@ def test_what_is_fused_launches_kernels(monkeypatch: pytest.MonkeyPatch) -> None
         assert not constants, launch.name
 
 
+@pytest.mark.slow
 def test_other_devices_are_refused() -> None:
     _, results = passes_on("xpu", transformers_gpt_oss(num_hidden_layers=1), input_ids=IDS)
     for name in ("sink_attention", "moe_dispatch"):
