@@ -1,9 +1,9 @@
 """Check a rewrite numerically: run the region's own nodes and the fused form on the same random tokens and weights.
 
-Both stand in the graph when this is called. Everything runs in float32, half-precision casts included, so that a difference is
-a defect and not rounding. Weights are made up: large ones are overlapping views of one small buffer, so that a layer of a
-120-billion-parameter model is checked in some 100 MB; a weight that the rewrite transformed gets the transformed values of
-the weight it came from.
+Both stand in the graph when this is called. Everything runs on the CPU and in float32, half-precision casts included, so that a
+difference is a defect and not rounding. Weights are made up: large ones are overlapping views of one small buffer, so that a
+layer of a 120-billion-parameter model is checked in some 100 MB; a weight that the rewrite transformed gets the transformed
+values of the weight it came from.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def _run(graph: fx.Graph, outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, .
     def value_of(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return env[argument]
+        if isinstance(argument, torch.device):
+            return torch.device("cpu")
         return torch.float32 if isinstance(argument, torch.dtype) and argument in _HALF else argument
 
     for node in in_order(graph, ancestors(outputs, inputs)):
@@ -128,6 +130,7 @@ class _Samples:
         if weight is None:  # a constant of the graph: not a weight, so its value counts
             value = fx.graph_module._get_attr(self._module, str(node.target))
             assert isinstance(value, Tensor)
+            value = value.cpu()
         else:
             if weight.source not in self._sources:
                 self._sources[weight.source] = self._make(self._weights.get(weight.source, weight))

@@ -52,23 +52,23 @@ def options(level: str) -> dict[str, Any]:
 
 
 def use_ops(module: fx.GraphModule, ops: OpsBuild) -> int:
-    """Let a graph call the C++ ops that implement its ops in the dtypes at hand; return how many calls changed."""
+    """Let a graph call the C++ ops that implement its ops on the CPU in the dtypes at hand; return how many calls changed."""
     targets = {_op(old): (_op(new), ops.dtypes[old]) for old, new in ops.names.items()}
     changed = 0
     for node in module.graph.nodes:
         op, dtypes = targets.get(node.target, (None, ()))
-        if op is not None and _dtype(node.args[0]) in dtypes:
+        if op is not None and (value := _value(node.args[0])).dtype in dtypes and value.device.type == "cpu":
             node.target = op
             changed += 1
     module.recompile()
     return changed
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
+def _value(node: fx.Node) -> torch.Tensor:
     while "val" not in node.meta:  # a view that came with the cache, of something that the exporter saw
         node = node.all_input_nodes[0]
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
+    value: torch.Tensor = node.meta["val"]
+    return value
 
 
 def _op(qualified: str) -> torch._ops.OpOverload:

@@ -23,6 +23,7 @@ BELOW_RANGE = "mxfp4, smallest scales"  # of less than 2 ** -101, which the kern
 QUICK = {  # the interpreter takes about a tenth of a second for a program
     torch.bfloat16: (
         *("one token", "odd sizes", "leading dims", "empty experts", "mxfp4, one token", "mxfp4, two blocks"),
+        *("columns, odd sizes", "logits given, columns"),
         *("logits given, one token", "logits given, odd sizes", "logits given, mxfp4, empty experts"),
     ),
     torch.float32: ("odd sizes", "mxfp4, one token", "logits given, odd sizes"),

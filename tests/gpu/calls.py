@@ -16,6 +16,8 @@ from torch import Tensor
 
 from oxfuse.passes.fusions.linear import reference as linear_reference
 from oxfuse.passes.fusions.linear.triton import launch_linear_rows
+from oxfuse.passes.fusions.masked_attention import reference as masked_reference
+from oxfuse.passes.fusions.masked_attention.triton import launch_causal, launch_masked
 from oxfuse.passes.fusions.moe_dispatch import reference as moe_reference
 from oxfuse.passes.fusions.moe_dispatch.triton import launch_dispatch, launch_experts
 from oxfuse.passes.fusions.norm_router import reference as router_reference
@@ -72,6 +74,13 @@ def _store(args: Args) -> tuple[Tensor, ...]:
 
 def _attend(args: Args) -> tuple[Tensor, ...]:
     return (attention_reference._attend(*args[:-1]),)
+
+
+def _causal(args: Args) -> tuple[Tensor, ...]:
+    q, k, v, sink, window, scale = args
+    index = torch.arange(q.shape[1], device=q.device)
+    visible = attention_reference._visible(index[:, None], index, window)
+    return (masked_reference._attend(q, k, v, sink, visible[None, None], scale),)
 
 
 def _turns(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -148,6 +157,16 @@ OPS = {
         launch=lambda wrap, args, arch: (launch_attention(wrap, *args, arch),),
         plain=_attend,
         torch_op="sink_attention_cached",
+    ),
+    "masked_attention": Op(
+        launch=lambda wrap, args, arch: (launch_masked(wrap, *args, arch),),
+        plain=lambda args: (masked_reference._attend(*args),),
+        torch_op="masked_attention",
+    ),
+    "causal_attention": Op(
+        launch=lambda wrap, args, arch: (launch_causal(wrap, *args, arch),),
+        plain=_causal,
+        torch_op="sink_attention_dense",
     ),
     "linear_rows": Op(
         launch=lambda wrap, args, arch: (launch_linear_rows(wrap, *args, arch=arch),),

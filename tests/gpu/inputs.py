@@ -156,6 +156,41 @@ def attention(
     return step.q, step.sink, *over, window, shape.dim**-0.5, decode
 
 
+def whole(make: Maker, batch: int, tokens: int, room: int, shape: Shape, sink: bool) -> tuple[Any, ...]:
+    """Return queries, and keys and values as caches of models hold them, heads first; and a sink."""
+    lying = ((shape.heads, tokens), (shape.kv, room), (shape.kv, room))
+    q, k, v = (make.normal(batch, *sizes, shape.dim, dtype=shape.dtype).transpose(1, 2) for sizes in lying)
+    return q, k, v, make.normal(shape.heads, dtype=shape.dtype) if sink else None
+
+
+def masked(
+    make: Maker,
+    batch: int,
+    tokens: int,
+    room: int,
+    past: int,
+    shape: Shape,
+    *,
+    window: int = 0,
+    added: bool = False,
+    sink: bool = True,
+) -> tuple[Any, ...]:
+    """Return arguments of `masked_attention`: a cache with `room` keys, of which `past` are older than the tokens."""
+    key, token = torch.arange(room), torch.arange(tokens)[:, None] + past
+    visible = (key <= token) & (key > token - (window or room))
+    mask = (
+        make.values(torch.where(visible, 0.0, torch.finfo(shape.dtype).min), shape.dtype)
+        if added
+        else make.values(visible, torch.bool)
+    )
+    return *whole(make, batch, tokens, room, shape, sink), mask.expand(batch, 1, tokens, room).contiguous(), shape.dim**-0.5
+
+
+def causal(make: Maker, batch: int, tokens: int, shape: Shape, *, window: int = 0, sink: bool = True) -> tuple[Any, ...]:
+    """Return arguments of `sink_attention_dense`."""
+    return *whole(make, batch, tokens, tokens, shape, sink), window, shape.dim**-0.5
+
+
 def stored(make: Maker, sequences: Sequence[tuple[int, int]], shape: Shape) -> tuple[Any, ...]:
     """Return arguments of `store`."""
     step = paged(make, sequences, shape)
@@ -222,15 +257,27 @@ def norm_router(make: Maker, tokens: int, shape: Shape) -> tuple[Any, ...]:
 
 
 def moe(
-    make: Maker, tokens: int, shape: Shape, *, mxfp4: bool = True, only: Sequence[int] = (), given: bool = False
+    make: Maker,
+    tokens: int,
+    shape: Shape,
+    *,
+    mxfp4: bool = True,
+    columns: bool = False,
+    only: Sequence[int] = (),
+    given: bool = False,
 ) -> tuple[Any, ...]:
-    """Return arguments of `moe_dispatch`, or, logits `given`, of `moe_experts`; `only`: experts that all tokens choose among."""
+    """Return arguments of `moe_dispatch`, or, logits `given`, of `moe_experts`; `only`: experts that all tokens choose among.
+
+    With `columns`, and without `mxfp4`, experts are views of their transposes.
+    """
     experts, hidden, inner = shape.experts, shape.hidden, shape.inner
 
-    def bank(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+    def bank(rows: int, depth: int) -> tuple[Tensor, Tensor | None]:
         if not mxfp4:
-            return make.normal(experts, rows, columns, scale=columns**-0.5, dtype=shape.dtype), None
-        return make.bytes(experts, rows, columns // 32, 16), make.bytes(experts, rows, columns // 32, low=117, high=121)
+            sizes = (depth, rows) if columns else (rows, depth)
+            weight = make.normal(experts, *sizes, scale=depth**-0.5, dtype=shape.dtype)
+            return weight.transpose(1, 2) if columns else weight, None
+        return make.bytes(experts, rows, depth // 32, 16), make.bytes(experts, rows, depth // 32, low=117, high=121)
 
     x = make.normal(tokens, hidden, dtype=shape.dtype)
     router, bias = make.normal(experts, hidden, scale=hidden**-0.5, dtype=shape.dtype), make.normal(experts, dtype=shape.dtype)

@@ -39,7 +39,7 @@ def items() -> Sequence[Item]:
 
 def calls() -> list[Call]:
     """Return all calls, those of the 20b model's decode and step programs first."""
-    return [*_released(OSS_20B, "20b"), *_edges(), *_released(OSS_120B, "120b")[-6:], *_neox(), *_head_dims()]
+    return [*_released(OSS_20B, "20b"), *_edges(), *_released(OSS_120B, "120b")[-6:], *_neox(), *_head_dims(), *_live()]
 
 
 def jobs(arch: int) -> Iterator[Job]:
@@ -162,6 +162,42 @@ def _head_dims() -> list[Call]:
         for kind, sequences, decode in (("decode", _ones(ONES[:6]), True), ("step", MIX, False)):
             args = partial(inputs.attention, sequences=sequences, shape=shape, window=0, decode=decode, sink=False)
             found.append(Call(op="attention", name=f"head_dim {dim}, {kind}", args=lambda m, a=args: a(m)))
+    return found
+
+
+def _live() -> list[Call]:
+    """Return the calls of models in memory: caches and masks of their own, experts as columns."""
+    found = []
+    for name, shape, sink in (
+        ("20b", OSS_20B, True),
+        ("NeoX 20b", NEOX_20B, False),
+        ("head_dim 80", Shape(heads=8, kv=8, dim=80, dtype=FP16), False),
+        ("head_dim 128", Shape(heads=8, kv=8, dim=128), False),
+        ("head_dim 256", Shape(heads=8, kv=8, dim=256), False),
+        ("float32", replace(OSS_20B, dtype=FP32), True),
+        ("float32, head_dim 96", replace(NARROW, dim=96, dtype=FP32), False),
+        ("float32, head_dim 256", replace(NARROW, dim=256, dtype=FP32), False),
+    ):
+        for added in (False, True) if shape.heads == 64 else (True,):
+            of = partial(inputs.masked, batch=2, room=4096, shape=shape, sink=sink, added=added)
+            told = f"{name}, mask {'added' if added else 'of bools'}"
+            for kind, sizes in (("decode", (1, 2900)), ("step of 300", (300, 1500))):
+                args = partial(of, tokens=sizes[0], past=sizes[1])
+                found.append(Call(op="masked_attention", name=f"{told}, {kind}", args=lambda m, a=args: a(m)))
+        whole = partial(inputs.causal, batch=2, tokens=1000, shape=shape, sink=sink)
+        found.append(Call(op="causal_attention", name=name, args=lambda m, a=whole: a(m)))
+    windowed = partial(inputs.masked, batch=3, tokens=1, room=1000, past=700, shape=OSS_20B, window=128, added=True)
+    found.append(Call(op="masked_attention", name="20b, window 128, decode", args=lambda m: windowed(m)))
+    found.append(
+        Call(op="causal_attention", name="20b, window 128", args=lambda m: inputs.causal(m, 2, 1000, OSS_20B, window=128))
+    )
+    for name, dtype in (("bf16", BF16), ("float32", FP32)):
+        experts = partial(inputs.moe, shape=replace(OSS_20B, experts=8, dtype=dtype), mxfp4=False, columns=True)
+        for tokens in (1, 200):
+            args = partial(experts, tokens=tokens)
+            found.append(Call(op="moe_dispatch", name=f"{name} experts as columns, {tokens} tokens", args=lambda m, a=args: a(m)))
+        args = partial(experts, tokens=8, given=True)
+        found.append(Call(op="moe_experts", name=f"{name} experts as columns, 8 rows", args=lambda m, a=args: a(m)))
     return found
 
 

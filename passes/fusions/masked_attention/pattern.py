@@ -10,7 +10,7 @@ from torch import fx
 
 from oxfuse.passes.fusion import Emitter, Fusion, Match
 from oxfuse.passes.fusions.masked_attention import reference as reference  # registers the op
-from oxfuse.passes.fusions.sink_attention.pattern import anchors, parts_of
+from oxfuse.passes.fusions.sink_attention.pattern import anchors, parts_of, require_kernel
 from oxfuse.passes.graph import OXFUSE, A, ancestors, as_node, dtype_of, is_op, is_tensor, require, same_size, shape_of
 from oxfuse.passes.weights import WeightTable
 
@@ -29,7 +29,7 @@ def match(anchor: fx.Node, weights: WeightTable) -> Match:
     read = [node for node in ancestors([mask], sizes) if node.op in ("placeholder", "get_attr") and is_tensor(node)]
     given = any(node not in angles for node in read) or not same_size(shape_of(q)[2], shape_of(k)[2])
     require(given, "the mask follows from positions, and is neither causal nor a causal window", mask)
-    require(q.meta["val"].device.type == "cpu", f"there is no kernel for {q.meta['val'].device.type}", anchor)
+    require_kernel(q)
     require(dtype_of(mask).is_floating_point or str(dtype_of(mask)) == "torch.bool", f"the mask is {dtype_of(mask)}", mask)
 
     def emit(to: Emitter) -> tuple[fx.Node, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oxfuse.passes.fusions.linear.reference import arch_of
 from oxfuse.passes.fusions.sink_attention.reference import _softmax
 
 
@@ -17,10 +18,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask:
 
     q [B, S, NH, D], k and v [B, L, KV, D] with NH a multiple of KV, sink [NH]; mask [B or 1, 1, S or 1, L]: bool, true where a
     key is visible, or of a floating dtype and added to the scaled scores. Softmax and sums in promote(dtype, float32), one
-    rounding at the end; a query that sees no key yields 0. Raises NotImplementedError off the CPU.
+    rounding at the end; a query that sees no key yields 0. Raises NotImplementedError on devices other than cpu and cuda.
     """
+    if q.device.type == "cuda":
+        from oxfuse.passes.fusions.masked_attention.triton import launch_masked  # only here: triton is slow to import
+
+        return launch_masked(torch.library.wrap_triton, q, k, v, sink, mask, scale, arch_of(q.device))
     if q.device.type != "cpu":
-        raise NotImplementedError(f"oxfuse::masked_attention has no kernel for device {q.device}; it runs on cpu.")
+        raise NotImplementedError(f"oxfuse::masked_attention has no kernel for device {q.device}; it runs on cpu and cuda.")
+    return _attend(q, k, v, sink, mask, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).unflatten(2, (k.shape[2], -1))  # [B, S, KV, G, D]
     scores = torch.einsum("bikgd,bjkd->bkgij", grouped, k.to(wide)) * scale

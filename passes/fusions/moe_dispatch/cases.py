@@ -193,6 +193,7 @@ CASES = (
     _case("packed, empty experts", (30,), 96, 64, 5, 2, mxfp4=True, packed=True, bias=_empty_expert),
     _case("logits given, one token", (1,), 48, 40, 6, 3, op=EXPERTS),
     _case("logits given, odd sizes", (5,), 19, 11, 5, 2, op=EXPERTS),
+    _case("logits given, columns", (5,), 19, 11, 5, 2, op=EXPERTS, columns=True),
     _case("logits given, all tokens on one expert", (20,), 34, 18, 3, 1, bias=_one_expert, op=EXPERTS),
     _case("logits given, mxfp4, empty experts", (6,), 64, 32, 5, 2, mxfp4=True, bias=_empty_expert, op=EXPERTS),
 )

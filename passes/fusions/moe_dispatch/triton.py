@@ -46,6 +46,7 @@ def launch_dispatch(
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     mxfp4, wide, dtype, terms = forms(x, gate_up_scales)
+    columns = [not mxfp4 and lies_in_columns(weight) for weight in (gate_up, down)]
     shape: dict[str, Any] = {"dtype": str(x.dtype).removeprefix("torch."), "mxfp4": mxfp4, "many": experts >= MANY_EXPERTS}
     config = {name: tuning.choose(Path(__file__).parent, name, arch, **shape) for name in ("router", "choose", "gate_up", "down")}
     sizes = {"E": experts, "EXPERTS": max(16, triton.next_power_of_2(experts))}
@@ -68,6 +69,7 @@ def launch_dispatch(
         K=top_k,
         ALPHA=alpha,
         LIMIT=limit,
+        COLUMNS=columns[0],
         WARPS=warps(config["gate_up"]),
         **common,
         **config["gate_up"].keywords,
@@ -82,6 +84,7 @@ def launch_dispatch(
         down_bias,
         shares,
         out,
+        COLUMNS=columns[1],
         WARPS=warps(config["down"]),
         **common,
         **config["down"].keywords,
@@ -156,6 +159,7 @@ def launch_experts(
         gate_up_bias.shape[1] // 2,
     )
     mxfp4, wide, dtype, terms = forms(x, gate_up_scales)
+    columns = [not mxfp4 and lies_in_columns(weight) for weight in (gate_up, down)]
     shape: dict[str, Any] = {"dtype": str(x.dtype).removeprefix("torch."), "mxfp4": mxfp4}
     first, second = (tuning.choose(Path(__file__).parent, name, arch, **shape) for name in ("few_gate_up", "few_down"))
     pairs, group = count * top_k, first.blocks["TOKENS"]
@@ -179,6 +183,7 @@ def launch_experts(
         ALPHA=alpha,
         LIMIT=limit,
         EXPERTS=max(16, triton.next_power_of_2(experts)),
+        COLUMNS=columns[0],
         WARPS=first.num_warps,
         **common,
         **first.keywords,
@@ -192,6 +197,7 @@ def launch_experts(
         down if down_scales is None else down_scales,
         down_bias,
         out,
+        COLUMNS=columns[1],
         WARPS=second.num_warps,
         **common,
         **{**second.keywords, "TOKENS": group},
@@ -208,6 +214,18 @@ def forms(x: Tensor, scales: Tensor | None) -> tuple[bool, bool, torch.dtype, in
     mxfp4 = scales is not None
     wide = x.dtype == torch.float32 or (mxfp4 and x.dtype != torch.bfloat16)
     return mxfp4, wide, torch.float32 if wide else x.dtype, 1 if wide else 2
+
+
+def lies_in_columns(weight: Tensor) -> bool:
+    """Tell whether dense experts [E, out, in] are a view of contiguous [E, in, out]; raise ValueError if they are neither."""
+    if weight.is_contiguous():
+        return False
+    if weight.transpose(1, 2).is_contiguous():
+        return True
+    raise ValueError(
+        f"The kernels take experts that are contiguous or views of their contiguous transposes; these, {[*weight.shape]}, have "
+        f"strides {[*weight.stride()]}."
+    )
 
 
 def warps(config: tuning.Config) -> int:

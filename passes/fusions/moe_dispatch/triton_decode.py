@@ -72,6 +72,7 @@ def few_gate_up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     MXFP4: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -101,7 +102,23 @@ def few_gate_up_kernel(
     row = base + tl.arange(0, ROWS)
     own = tl.minimum(row, 2 * INNER - 1)
     sums = product(
-        x + tokens * H, there, weight, scales, expert, base, H, 2 * INNER, 1, False, MXFP4, WIDE, WARPS, ROWS, TOKENS, DEPTH
+        x + tokens * H,
+        there,
+        weight,
+        scales,
+        expert,
+        base,
+        H,
+        2 * INNER,
+        1,
+        False,
+        MXFP4,
+        COLUMNS,
+        WIDE,
+        WARPS,
+        ROWS,
+        TOKENS,
+        DEPTH,
     )
     sums += tl.load(bias + expert * (2 * INNER) + own).to(tl.float32)[:, None]
     gate, up = tl.split(tl.permute(tl.reshape(sums, [ROWS // 2, 2, TOKENS]), (0, 2, 1)))
@@ -141,6 +158,7 @@ def few_down_kernel(
     INNER: tl.constexpr,
     TERMS: tl.constexpr,
     MXFP4: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     WARPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -161,7 +179,9 @@ def few_down_kernel(
     base = tl.program_id(0) * ROWS
     row = base + tl.arange(0, ROWS)
     at = hidden + pairs * (TERMS * INNER)
-    sums = product(at, there, weight, scales, expert, base, INNER, H, TERMS, True, MXFP4, WIDE, WARPS, ROWS, TOKENS, DEPTH)
+    sums = product(
+        at, there, weight, scales, expert, base, INNER, H, TERMS, True, MXFP4, COLUMNS, WIDE, WARPS, ROWS, TOKENS, DEPTH
+    )
     sums += tl.load(bias + expert * H + tl.minimum(row, H - 1)).to(tl.float32)[:, None]
     tl.store(out + (pairs * H)[None, :] + row[:, None], sums * share[None, :], there[None, :] & (row < H)[:, None])
 
@@ -179,6 +199,7 @@ def product(
     TERMS: tl.constexpr,
     TURNED: tl.constexpr,
     MXFP4: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     WARPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -188,14 +209,14 @@ def product(
     """Return the products of ROWS rows of an expert from row `base` on with the rows at `tokens` [TOKENS], float32 [ROWS,
     TOKENS].
 
-    Rows of `tokens` that are not `there` count as 0; rows of the weight beyond OUTPUTS repeat its last one. A token's row is the
+    Rows of `tokens` that are not `there` count as 0; rows of the weight beyond OUTPUTS are of no use. A token's row is the
     sum of TERMS rows of K values; TURNED says that these are in the order of `turned`. Warp s has pieces s, s + WARPS .. along K,
     of 128 values where MXFP4, else of DEPTH.
     """
     if MXFP4:
         sums = mxfp4_sums(tokens, there, weight, scales, expert, base, K, OUTPUTS, TERMS, TURNED, WIDE, WARPS, ROWS, TOKENS)
     else:
-        sums = dense_sums(tokens, there, weight, expert, base, K, OUTPUTS, TERMS, WARPS, ROWS, TOKENS, DEPTH)
+        sums = dense_sums(tokens, there, weight, expert, base, K, OUTPUTS, TERMS, COLUMNS, WARPS, ROWS, TOKENS, DEPTH)
     return tl.sum(tl.reshape(tl.sum(sums, 0), [ROWS, TERMS, TOKENS]), 1)
 
 
@@ -268,23 +289,33 @@ def dense_sums(
     K: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TERMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Return what `mxfp4_sums` does, of weights [E, OUTPUTS, K] in the dtype of the tokens."""
+    """Return what `mxfp4_sums` does, of weights [E, OUTPUTS, K], or [E, K, OUTPUTS] where COLUMNS, in the dtype of the tokens."""
     s, k, n = tl.arange(0, WARPS), tl.arange(0, DEPTH), tl.arange(0, TERMS * TOKENS)
     piece = (s * DEPTH)[:, None, None] + k[None, None, :]
-    row = tl.minimum(base + tl.arange(0, ROWS), OUTPUTS - 1)
-    left = weight + expert.to(tl.int64) * (OUTPUTS * K) + row[None, :, None] * K + piece
+    if COLUMNS:
+        row = base + tl.arange(0, ROWS)
+        down = (s * DEPTH)[:, None, None] + k[None, :, None]
+        left = weight + expert.to(tl.int64) * (OUTPUTS * K) + down * OUTPUTS + row[None, None, :]
+    else:
+        row = tl.minimum(base + tl.arange(0, ROWS), OUTPUTS - 1)
+        left = weight + expert.to(tl.int64) * (OUTPUTS * K) + row[None, :, None] * K + piece
     both = tl.reshape(tl.broadcast_to(tokens[None, :], [TERMS, TOKENS]), [TERMS * TOKENS])
     mine = tl.reshape(tl.broadcast_to(there[None, :], [TERMS, TOKENS]), [TERMS * TOKENS])
     right = both[None, :, None] + ((n // TOKENS * K)[None, :, None] + piece)
     sums = tl.zeros([WARPS, ROWS, TERMS * TOKENS], tl.float32)
     for at in range(0, K, WARPS * DEPTH):
         inside = piece < K - at
-        tile = tl.load(left + at, inside, 0.0)
+        if COLUMNS:
+            tile = tl.load(left + at * OUTPUTS, (down < K - at) & (row < OUTPUTS)[None, None, :], 0.0)
+            tile = tl.permute(tile, (0, 2, 1))
+        else:
+            tile = tl.load(left + at, inside, 0.0)
         columns = tl.permute(tl.load(right + at, mine[None, :, None] & inside, 0.0), (0, 2, 1))
         sums = tl.dot(tile, columns, sums, input_precision="ieee")
     return sums

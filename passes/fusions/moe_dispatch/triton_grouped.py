@@ -1,7 +1,8 @@
 """The two products of the experts for many tokens on GPUs: pairs of token and expert are sorted by expert and cut into tiles.
 
 Weights are the left operand, so that the tensor cores take decoded rows out of registers, and few tokens an expert make a narrow
-tile. Sixteen rows of a gate and up tile are 8 gates and their 8 up projections, which end in the same thread. The hidden values
+tile. Sixteen rows of a gate and up tile are 8 gates and their 8 up projections, which end in the same thread; where the experts
+are views of columns, rows lie side by side in memory and keep their order, and sums change places at the end. The hidden values
 between the products are two 16-bit terms: rounded once, they alone would add as much error as the rounding of the result.
 """
 
@@ -33,6 +34,7 @@ def gate_up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     MXFP4: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -42,8 +44,9 @@ def gate_up_kernel(
 ):
     """Program (i, j): hidden features from i * ROWS // 2, tile j of the sorted pairs.
 
-    x [T, H], or [T, H rounded up to 128] in the order `natural` where MXFP4; weight, scales and bias as in reference.py. hidden
-    [pairs, TERMS, STRIDE] is by place in `order`, in the order `natural` and 0 beyond INNER where MXFP4.
+    x [T, H], or [T, H rounded up to 128] in the order `natural` where MXFP4; weight, scales and bias as in reference.py, the
+    weight [E, H, 2 INNER] where COLUMNS. hidden [pairs, TERMS, STRIDE] is by place in `order`, in the order `natural` and 0
+    beyond INNER where MXFP4.
     """
     expert, first, end = tile_of(starts, tl.program_id(1), E, EXPERTS, PAIRS)
     if first >= end:
@@ -53,16 +56,24 @@ def gate_up_kernel(
     tokens = x + (pair // K)[:, None] * x_stride
     base = tl.program_id(0) * (ROWS // 2)
     r = tl.arange(0, ROWS)
-    own = gate_up_row(base, r, INNER, MXFP4)
+    if COLUMNS:
+        own = tl.minimum(2 * base + r, 2 * INNER - 1)
+    else:
+        own = gate_up_row(base, r, INNER, MXFP4)
     offset = tl.load(bias + expert * (2 * INNER) + own).to(tl.float32)
     acc = tl.zeros([ROWS, PAIRS], tl.float32)
     if MXFP4:
         rows = gate_up_row(base, word_rows(ROWS, WARPS), INNER, True)
         acc = add_mxfp4(acc, weight, scales, expert, rows, tokens, 0, H, 2 * INNER, 1, WIDE, ROWS, WARPS)
+    elif COLUMNS:
+        acc = add_columns(acc, weight, expert, 2 * base, tokens, 0, H, 2 * INNER, 1, ROWS, DEPTH)
     else:
         acc = add_dense(acc, weight, expert, own, tokens, 0, H, 2 * INNER, 1, DEPTH)
-    sums = tl.reshape(acc + offset[:, None], [ROWS // 16, 2, 8, PAIRS])
-    gate, up = tl.split(tl.permute(sums, (0, 2, 3, 1)))
+    if COLUMNS:
+        gate, up = tl.split(tl.permute(tl.reshape(acc + offset[:, None], [ROWS // 2, 2, PAIRS]), (0, 2, 1)))
+    else:
+        sums = tl.reshape(acc + offset[:, None], [ROWS // 16, 2, 8, PAIRS])
+        gate, up = tl.split(tl.permute(sums, (0, 2, 3, 1)))
     values = tl.reshape(swiglu(gate, up, ALPHA, LIMIT), [ROWS // 2, PAIRS])
     place = base + tl.arange(0, ROWS // 2)
     values = tl.where((gate_up_feature(place, MXFP4) < INNER)[:, None], values, 0.0)
@@ -86,6 +97,7 @@ def down_kernel(
     TERMS: tl.constexpr,
     E: tl.constexpr,
     MXFP4: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -111,6 +123,8 @@ def down_kernel(
     if MXFP4:
         rows = tl.minimum(tl.program_id(0) * ROWS + word_rows(ROWS, WARPS), H - 1)
         acc = add_mxfp4(acc, weight, scales, expert, rows, tokens, STRIDE, INNER, H, TERMS, WIDE, ROWS, WARPS)
+    elif COLUMNS:
+        acc = add_columns(acc, weight, expert, tl.program_id(0) * ROWS, tokens, STRIDE, INNER, H, TERMS, ROWS, DEPTH)
     else:
         acc = add_dense(acc, weight, expert, own, tokens, STRIDE, INNER, H, TERMS, DEPTH)
     at = out + pair[None, :] * H + r[:, None]
@@ -191,6 +205,44 @@ def add_dense(
             else:
                 right = tl.load(tokens + (term * term_stride + at + k), inside, 0.0)
             acc = tl.dot(tile, tl.trans(right), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def add_columns(
+    acc,
+    weight,
+    expert,
+    base,
+    tokens,
+    term_stride,
+    DEPTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TERMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Return acc as `add_dense` does, of ROWS rows from `base` on that lie side by side: weight [E, DEPTH, OUTPUTS].
+
+    Rows beyond OUTPUTS count as 0.
+    """
+    k, row = tl.arange(0, STEP), base + tl.arange(0, ROWS)
+    left = weight + expert.to(tl.int64) * (OUTPUTS * DEPTH) + k[:, None] * OUTPUTS + row[None, :]
+    for at in range(0, DEPTH, STEP):
+        inside = k < DEPTH - at
+        # A mask that changes from value to value would let every value be loaded alone.
+        if OUTPUTS % ROWS == 0 and DEPTH % STEP == 0:
+            tile = tl.load(left + at * OUTPUTS)
+        elif OUTPUTS % ROWS == 0:
+            tile = tl.load(left + at * OUTPUTS, inside[:, None], 0.0)
+        else:
+            tile = tl.load(left + at * OUTPUTS, inside[:, None] & (row < OUTPUTS)[None, :], 0.0)
+        for term in tl.static_range(TERMS):
+            if DEPTH % STEP == 0:
+                right = tl.load(tokens + (term * term_stride + at + k[None, :]))
+            else:
+                right = tl.load(tokens + (term * term_stride + at + k[None, :]), inside[None, :], 0.0)
+            acc = tl.dot(tl.trans(tile), tl.trans(right), acc, input_precision="ieee")
     return acc
 
 

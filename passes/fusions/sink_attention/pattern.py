@@ -90,7 +90,7 @@ def match(anchor: fx.Node, weights: WeightTable) -> Match:
     q, k, v = parts.q, parts.k, parts.v
     require(same_size(shape_of(q)[2], shape_of(k)[2]), "queries and keys are not of one sequence", anchor)
     window = 0 if parts.causal else window_of(anchor.graph, as_node(parts.mask))
-    require(q.meta["val"].device.type == "cpu", f"there is no kernel for {q.meta['val'].device.type}", anchor)
+    require_kernel(q)
 
     def emit(to: Emitter) -> tuple[fx.Node, ...]:
         tokens_first = [to.call(A.transpose.int, x, 1, 2) for x in (q, k, v)]
@@ -98,6 +98,13 @@ def match(anchor: fx.Node, weights: WeightTable) -> Match:
         return (to.call(A.transpose.int, new, 1, 2),)
 
     return Match(inputs=(q, k, v), outputs=(parts.out,), emit=emit)
+
+
+def require_kernel(q: fx.Node) -> None:
+    """Refuse queries on devices, or of dtypes, that no kernel of attention takes."""
+    device, dtype = q.meta["val"].device.type, dtype_of(q)
+    require(device in ("cpu", "cuda"), f"there is no kernel for {device}", q)
+    require(device == "cpu" or dtype.itemsize <= 4, f"there is no kernel for {device} in {str(dtype).removeprefix('torch.')}", q)
 
 
 def _sdpa(node: fx.Node) -> Parts:

@@ -19,10 +19,14 @@ def sink_attention_dense(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, w
 
     q [B, S, NH, D], k and v [B, S, KV, D] with NH a multiple of KV, sink [NH]. Token i sees the keys j with
     i - window < j <= i, all j <= i where window is 0. Softmax and sums in promote(dtype, float32), one rounding at the end.
-    Raises NotImplementedError off the CPU.
+    Raises NotImplementedError on devices other than cpu and cuda.
     """
+    if q.device.type == "cuda":
+        from oxfuse.passes.fusions.masked_attention.triton import launch_causal  # only here: triton is slow to import
+
+        return launch_causal(torch.library.wrap_triton, q, k, v, sink, window, scale, arch_of(q.device))
     if q.device.type != "cpu":
-        raise NotImplementedError(f"oxfuse::sink_attention_dense has no kernel for device {q.device}; it runs on cpu.")
+        raise NotImplementedError(f"oxfuse::sink_attention_dense has no kernel for device {q.device}; it runs on cpu and cuda.")
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).unflatten(2, (k.shape[2], -1))  # [B, S, KV, G, D]
     index = torch.arange(q.shape[1], device=q.device)

@@ -36,7 +36,7 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
             env[node] = torch.arange(length).expand([1] * (node.meta["val"].dim() - 1) + [length])
         else:
             assert callable(node.target)
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+            args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda argument: _value(argument, env))
             try:
                 env[node] = node.target(*args, **kwargs)
             except (RuntimeError, IndexError, TypeError, ValueError) as error:  # an input is no positions, but padding, say
@@ -54,6 +54,12 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
     window = int(visible[-1].sum())
     require(torch.equal(visible, (j <= i) & (j > i - window)), "the mask is neither causal nor a causal window", mask)
     return 0 if window == length else window
+
+
+def _value(argument: Any, env: dict[fx.Node, Any]) -> Any:
+    if isinstance(argument, fx.Node):
+        return env[argument]
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
 def _size_of(node: fx.Node, size: Any, length: int) -> int:
