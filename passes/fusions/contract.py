@@ -43,11 +43,12 @@ class CpuKernel:
 class OpCase:
     """One call of an op: `args(dtype)` makes the same inputs anew each time, floating ones in `dtype`, which may be float64.
 
-    `op` is the qualified name; `mutated` lists the arguments that the op changes. `cpp` tells whether the C++ op takes the case.
+    `op` is the qualified name; `mutated` lists the arguments that the op changes. `kernels` are the devices whose kernels
+    take the case; the plain op takes all.
     """
 
     name: str
     op: str
     args: Callable[[torch.dtype], tuple[Any, ...]]
     mutated: tuple[int, ...] = ()
-    cpp: bool = True
+    kernels: tuple[str, ...] = ("cpu", "cuda")

@@ -48,7 +48,7 @@ CASES = [pytest.param(case, id=f"{case.op}-{case.name}") for folder in folders()
 NAIVE = {op: loop for folder in folders() for op, loop in load(folder, "cases").NAIVE.items()}
 OUR_CASES = [param for param in CASES if param.values[0].op.startswith("oxfuse::")]  # of torch's own, only our kernels are judged
 CPP_OPS = {op: kernel.dtypes for folder in folders() if (kernel := load(folder, "cpu").KERNEL) for op in kernel.ops}
-CPP_CASES = [param for param in CASES if param.values[0].op in CPP_OPS and param.values[0].cpp]
+CPP_CASES = [param for param in CASES if param.values[0].op in CPP_OPS and "cpu" in param.values[0].kernels]
 CPP_CALLS = [
     pytest.param(*param.values, dtype, id=f"{param.id}-{dtype}") for param in CPP_CASES for dtype in CPP_OPS[param.values[0].op]
 ]

@@ -63,7 +63,7 @@ def _case(
             return x.to(dtype), logits.to(torch.promote_types(dtype, torch.float32)), *rest
         return x.to(dtype), router.to(dtype), router_bias.to(dtype), *rest
 
-    return OpCase(name=name, op=op, args=args, cpp=packed or not mxfp4)
+    return OpCase(name=name, op=op, args=args, kernels=("cpu",) if packed else ("cuda",) if mxfp4 else ("cpu", "cuda"))
 
 
 def _packed(blocks: Tensor, scales: Tensor | None, pairs: bool) -> tuple[Tensor, Tensor]:
