@@ -104,7 +104,7 @@ def trace(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Gra
             read = graph.get_attr(name)
         read.meta["val"] = value
         new.replace_all_uses_with(read)
-        computed = "._buffers[" in old.meta["grapharg"].source.name
+        computed = "._buffers[" in _source_name(old)
         table[name] = Weight(shape=tuple(value.shape), dtype=value.dtype, source=name, computed=computed, fixed=True)
         places[name] = new.name
     for node in list(graph.nodes):
@@ -129,10 +129,16 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 
 def _weight_name(node: fx.Node) -> str | None:
     """Return the name in the module of a parameter or buffer that came as an input; None for other inputs."""
-    argument = node.meta.get("grapharg")
-    source = "" if argument is None else argument.source.name
+    source = _source_name(node)
     path = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", source)
     return ".".join(path) if re.search(r"\._(?:parameters|buffers)\['[^']+'\]$", source) else None
+
+
+def _source_name(node: fx.Node) -> str:
+    """Return where Dynamo found an input, as a Python expression; "" where it made the input up."""
+    argument = node.meta.get("grapharg")
+    name: Any = "" if argument is None else argument.source.name
+    return str(name() if callable(name) else name)  # a method up to some torch, a property from then on
 
 
 def _has(module: fx.GraphModule, name: str) -> bool:
