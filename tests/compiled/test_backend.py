@@ -145,9 +145,8 @@ def test_a_graph_without_a_match_runs_as_it_is() -> None:
     compiled, x = torch.compile(model, backend="oxfuse"), torch.randn(3, 8)
     with pytest.warns(UserWarning) as told:
         torch.testing.assert_close(compiled(x), model(x))
-    assert [str(one.message) for one in told] == [
-        'backend="oxfuse" found nothing to fuse. The graph runs through Inductor as it is.'
-    ]
+    ours = [str(one.message) for one in told if "oxfuse" in str(one.message)]  # importing Inductor brings warnings of torch's
+    assert ours == ['backend="oxfuse" found nothing to fuse. The graph runs through Inductor as it is.']
     assert not fused()
 
 
