@@ -227,6 +227,8 @@ def small_calls(dtype: torch.dtype) -> list[calls.Call]:
         "norm_router": lambda m: inputs.norm_router(m, 3, shape),
         "moe_dispatch": lambda m: inputs.moe(m, 9, shape),
         "moe_experts": lambda m: inputs.moe(m, 3, shape, given=True),
+        "masked_attention": lambda m: inputs.masked(m, 2, 3, 20, 9, shape, added=True),
+        "causal_attention": lambda m: inputs.causal(m, 2, 9, shape, window=7),
     }
     assert made.keys() == calls.OPS.keys()
     return [calls.Call(op=op, name=op, args=args) for op, args in made.items()]
