@@ -41,12 +41,12 @@ class Layer(nn.Module):
         self.norm, self.qkv, self.sink = weight(HIDDEN), weight((HEADS + 2 * KV) * DIM, HIDDEN), weight(HEADS)
         self.out, self.router, self.router_bias = weight(HIDDEN, HEADS * DIM), weight(EXPERTS, HIDDEN), weight(EXPERTS)
         self.gate_up, self.gate_up_scales = (
-            bytes_(0, 256, EXPERTS, 2 * WIDTH, HIDDEN // 32, 16),
-            bytes_(120, 125, EXPERTS, 2 * WIDTH, HIDDEN // 32),
+            bytes_(0, 256, EXPERTS, WIDTH // 8, HIDDEN // 32, 256),  # packed
+            bytes_(120, 125, EXPERTS, WIDTH // 8, HIDDEN // 32, 16),
         )
         self.down, self.down_scales = (
-            bytes_(0, 256, EXPERTS, HIDDEN, WIDTH // 32, 16),
-            bytes_(120, 125, EXPERTS, HIDDEN, WIDTH // 32),
+            bytes_(0, 256, EXPERTS, HIDDEN // 16, WIDTH // 32, 256),
+            bytes_(120, 125, EXPERTS, HIDDEN // 16, WIDTH // 32, 16),
         )
         self.gate_up_bias, self.down_bias = weight(EXPERTS, 2 * WIDTH), weight(EXPERTS, HIDDEN)
         self.inv_freq = weight(DIM // 2)

@@ -81,7 +81,7 @@ class PackedScales:
 def pack_experts(module: fx.GraphModule, weights: WeightTable) -> int:
     """Let the graph's ops read their MXFP4 experts packed, in place; return how many ops do.
 
-    The recipes in the table grow by a step.
+    The recipes in the table grow by a step. Experts that are packed already stay as they are.
     """
     packed = 0
     for node in module.graph.nodes:
@@ -91,6 +91,8 @@ def pack_experts(module: fx.GraphModule, weights: WeightTable) -> int:
             steps: tuple[Transform, Transform] = (PackedBlocks(pairs), PackedScales(pairs))
             for read, step in zip((as_node(a) for a in args_of(node)[index : index + 2]), steps, strict=True):
                 name = str(read.target)
+                if step in weights[name].transforms:
+                    continue
                 weights[name] = weights[name].then(step)
                 owner, _, leaf = name.rpartition(".")
                 parent = module.get_submodule(owner)
