@@ -233,7 +233,7 @@ def test_the_bundled_checkpoint_speaks_in_channels(tmp_path: Path) -> None:
     artifact = oxfuse.compile(
         checkpoint, tmp_path / "artifact", dtype="float32"
     )  # in 16 bits what it says depends on the kernels
-    messages = [{"role": "user", "content": "Write read_file(path)"}]
+    messages = [{"role": "user", "content": "Write add(a, b)"}]
     model = oxfuse.load(artifact)
     (found,) = model.generate(messages, max_new_tokens=300)
     assert found.channels and found.channels.keys() == {"analysis", "final"} and found.answer.startswith("def ")
@@ -244,7 +244,7 @@ def test_the_bundled_checkpoint_speaks_in_channels(tmp_path: Path) -> None:
     (plain,) = model.generate("def read_file(path):", max_new_tokens=20)
     assert plain.channels is None and plain.text == model.tokenizer.decode(plain.token_ids)
     command = [sys.executable, "-m", "oxfuse", "chat", str(artifact), "--json", "-n", "300"]
-    said = "Write read_file(path)\nWrite close(self)\n"
+    said = "Write add(a, b)\nWrite close(self)\n"
     done = subprocess.run(command, input=said, capture_output=True, text=True, check=True)
     first, second = map(json.loads, done.stdout.splitlines())
     assert first["channels"] == found.channels and first["token_ids"] == found.token_ids
