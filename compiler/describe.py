@@ -46,7 +46,11 @@ EXPERTS = {
     "int8": "int8: weights of 8 bits in blocks of 32, which hold MXFP4 exactly; their inputs rounded to 8 bits in blocks",
     "int4": "int4: weights of 4 bits in blocks of 32, not exact; their inputs rounded to 8 bits in blocks",
 }
-DENSE_INT8 = "int8: embeddings and head of 8 bits in blocks of 32, the head's inputs rounded to 8 bits; all else exact"
+DENSE_INT8 = {
+    "onnx": "int8: embeddings and head of 8 bits in blocks of 32, the head's inputs rounded to 8 bits; all else exact",
+    "cpu": "int8: weights of dense layers and of the head of 8 bits in blocks of 32; embeddings, norms and router exact",
+}
+ACTIVATIONS_INT8 = "int8: what is multiplied with weights of 8 bits or fewer rounded to 8 bits in blocks of 32; all else {}"
 
 
 def describe_artifact(
@@ -90,14 +94,20 @@ def describe_artifact(
         weights=(weights,),
         passes=tuple(PassRecord(name=p.name, count=p.count, checked=p.checked, max_error=p.max_error) for p in fused.passes),
         numerics={
-            "activations": f"exact: {dtype}, float32 inside fused ops" if native else f"exact: {dtype}",
+            "activations": _activations(plan, dtype, bool(native)),
             "experts": EXPERTS[plan.options.experts],
-            "dense": f"exact: {dtype}" if plan.options.dense == "exact" else DENSE_INT8,
+            "dense": f"exact: {dtype}" if plan.options.dense == "exact" else DENSE_INT8[plan.options.device],
             "cache": dtype,
         },
         tokenizer_files={path.name: _sha256(folder / path.name) for path in plan.tokenizer_files},
         golden=GOLDEN,
     )
+
+
+def _activations(plan: Plan, dtype: str, native: bool) -> str:
+    if plan.options.activations == "int8":
+        return ACTIVATIONS_INT8.format(dtype)
+    return f"exact: {dtype}, float32 inside fused ops" if native else f"exact: {dtype}"
 
 
 def _program_spec(built: BuiltProgram, plan: Plan, fused: Fused, constants: Mapping[str, str], folder: Path) -> ProgramSpec:

@@ -15,6 +15,7 @@ from oxfuse.compiler.export import CACHE_FREE_INPUTS, export_reference
 from oxfuse.models.reference import Reference
 from oxfuse.passes.insert_cache import PagedCache, insert_paged_cache
 from oxfuse.passes.manager import Observer, PassResult, Policy, run_passes
+from oxfuse.passes.pack import Packing, pack_weights
 from oxfuse.passes.weights import Encoding, WeightTable, table_of
 from oxfuse.runtime.manifest import CacheGroup, CacheSpec
 
@@ -28,6 +29,8 @@ class Fused:
     cache: PagedCache
     width: int
     passes: tuple[PassResult, ...]
+    rounded: frozenset[str] = frozenset()
+    """Names in the checkpoint of the weights that activations of 8 bits are multiplied with."""
 
     def stored_name(self, name: str) -> str:
         """Return the name under which the weight file holds a weight: for tied names, the one that the checkpoint has."""
@@ -41,6 +44,7 @@ def fuse(
     *,
     requested: tuple[str, ...],
     policy: Policy = "strict",
+    packing: Packing | None = None,
     observe: Observer | None = None,
     export: Callable[[Reference], fx.GraphModule] = export_reference,
     insert: Callable[[fx.GraphModule, Mapping[str, str]], tuple[fx.GraphModule, PagedCache]] = insert_paged_cache,
@@ -48,18 +52,25 @@ def fuse(
     """Export `model`, run the passes, insert the cache, a paged one by default.
 
     `encodings` tells how the checkpoint stores a parameter ("dense" where it says nothing); `requested` names the fusions that
-    the model must have. Raises UserError where a fusion is refused (policy strict).
+    the model must have; `packing` is what the kernels of a CPU read, None for other targets. Raises UserError where a fusion is
+    refused (policy strict), and where nothing can be packed as asked.
     """
     module = export(model)
     weights = tied_table(model, encodings)
     results = run_passes(module, weights, requested=requested, policy=policy, observe=observe)
+    rounded = frozenset[str]()
+    if packing is not None:
+        packed = pack_weights(module, weights, packing)
+        results, rounded = [*results, *packed.results], packed.rounded
+        if observe is not None:
+            observe("pack_weights", module)
     (values,) = module.graph.output_node().all_input_nodes
     width = int(values.meta["val"].shape[-1])
     step, cache = insert(module, CACHE_FREE_INPUTS)
     results.append(PassResult(name="insert_cache", count=len(cache.layers)))
     if observe is not None:
         observe("insert_cache", step)
-    return Fused(step=step, weights=weights, cache=cache, width=width, passes=tuple(results))
+    return Fused(step=step, weights=weights, cache=cache, width=width, passes=tuple(results), rounded=rounded)
 
 
 def tied_table(model: nn.Module, encodings: Mapping[str, Encoding]) -> WeightTable:

@@ -2,12 +2,12 @@
 
 In: a checkpoint's tensors. Out: `golden.safetensors` with token_ids [T], positions [T], rows [R] (indices into T), logits
 [R, V] float32 (or what a head gives for these rows) and, where the model routes, router_indices [L, T, k]; own_logits [R, V] of
-the artifact's own weights where these are not the checkpoint's. The oracle is the reference in float32, run in bounded memory.
+the artifact's own weights and activations where it rounds either. The oracle is the reference in float32, run in bounded memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import TensorSource
 from oxfuse.models.contract import ModelContract
 from oxfuse.models.streaming import stream_oracle
+from oxfuse.passes import quantise
 
 GOLDEN = "golden.safetensors"
 TOKENS = 256  # longer than the window of every released GPT-OSS (128)
@@ -35,14 +36,14 @@ def write_golden(
     sources: Mapping[str, TensorSource],
     max_context: int,
     own: Mapping[str, TensorSource] | None = None,
+    rounded: Collection[str] = (),
     seed: int = SEED,
 ) -> dict[str, Tensor]:
     """Run the oracle over min(256, `max_context`) seeded token ids, write its answers to `path`, return them.
 
-    `own` are the weights that the artifact stores, where they are not those of `sources`.
-
-    The same checkpoint and seed give the same file. Raises UserError if the model answers with infinities or NaN: a checkpoint
-    that is damaged, or not what its config says.
+    `own` are the weights that the artifact stores, where they are not those of `sources`; `rounded` names those that activations
+    of 8 bits are multiplied with. The same checkpoint and seed give the same file. Raises UserError if the model answers with
+    infinities or NaN: a checkpoint that is damaged, or not what its config says.
     """
     length = min(TOKENS, max_context)
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +54,12 @@ def write_golden(
     wanted: dict[str, Any] = {"output_router_logits": True} if top_k is not None else {}
     with torch.inference_mode():
         answer = stream_oracle(contract, config, task, sources, token_ids[None], positions[None], rows=rows, **wanted)
-        stored = None if own is None else stream_oracle(contract, config, task, own, token_ids[None], positions[None], rows=rows)
+        stored = None
+        if own is not None or rounded:
+            weights, entering = own or sources, dict.fromkeys(rounded, lambda x: quantise.rounded(x, x.dtype))
+            stored = stream_oracle(
+                contract, config, task, weights, token_ids[None], positions[None], rows=rows, entering=entering
+            )
     golden = {"token_ids": token_ids, "positions": positions, "rows": rows, "logits": answer.values[0].float()}
     if stored is not None:
         golden["own_logits"] = stored.values[0].float()

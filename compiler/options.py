@@ -23,9 +23,10 @@ MAX_STEP_TOKENS = 8192
 class CompileOptions:
     """The options of one compile. Raises UserError for values that no target has, or that this target cannot honour.
 
-    experts: "exact", or for target onnx "int8" and "int4". dense: "exact", or for target onnx "int8" of embeddings and head. The
-    report says what they lose. activations: "exact". cpu_isa: "native", "x86-64-v3" or "x86-64-v4". provider: the part of
-    onnxruntime that is to run an ONNX model: "cpu", or "cuda" (bfloat16 or float16; MXFP4 experts as they are).
+    experts: "exact", or for target onnx "int8" and "int4". dense: "exact", or "int8", for target cpu of dense layers and head,
+    for onnx of embeddings and head. activations: "exact", or for target cpu "int8", of what is multiplied with MXFP4 experts and
+    with dense weights of 8 bits. The report says what they lose. cpu_isa: "native", "x86-64-v3" or "x86-64-v4". provider: what is
+    to run an ONNX model: onnxruntime's "cpu" part, or "cuda" (bfloat16 or float16; MXFP4 experts as they are).
     """
 
     target: str = "cpu"
@@ -57,7 +58,9 @@ class CompileOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise UserError(f"{name} is {value!r}; expected a whole number from {least} on.")
-        lossy = ("experts", "dense") if (self.target, self.provider) == ("onnx", "cpu") else ()
+        lossy = {("onnx", "cpu"): ("experts", "dense"), ("cpu", "cpu"): ("dense", "activations")}.get(
+            (self.target, self.provider), ()
+        )
         for name in ("experts", "activations", "dense"):
             if (value := getattr(self, name)) != "exact" and name not in lossy:
                 raise UserError(f"{name}={value!r} is not available for {where} in this version; leave it at exact.")

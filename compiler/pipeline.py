@@ -40,7 +40,7 @@ from oxfuse.models.tensor_source import MemoryTensor, TensorSource
 from oxfuse.models.virtual import virtual_model
 from oxfuse.passes.dump import GraphDumps
 from oxfuse.passes.insert_past import insert_past
-from oxfuse.passes.quantise import BlockValues
+from oxfuse.passes.quantise import Lossy
 from oxfuse.passes.weights import Weight
 from oxfuse.runtime.manifest import MANIFEST, Manifest, WeightFile
 
@@ -152,6 +152,7 @@ def _build(
             sources=plan.sources,
             max_context=plan.limits.max_context,
             own=_own_weights(plan, fused),
+            rounded=fused.rounded,
         )
     if module is not None:
         with phases("run the module"):
@@ -178,7 +179,7 @@ def _fuse(plan: Plan, dumps: GraphDumps | None) -> Fused:
         # their way into the weight file.
         known = encodings if plan.options.experts == "int8" or plan.options.provider == "cuda" else {}
         return fuse(model, known, requested=plan.contract.fusions, observe=dumps, export=export, insert=insert)
-    return fuse(model, encodings, requested=plan.contract.fusions, observe=dumps)
+    return fuse(model, encodings, requested=plan.contract.fusions, packing=plan.packing, observe=dumps)
 
 
 def _finish_onnx(plan: Plan, fused: Fused, model: OnnxModel, constants: dict[str, str], folder: Path) -> None:
@@ -222,13 +223,8 @@ def _write_weights(
 
 def _own_weights(plan: Plan, fused: Fused) -> dict[str, TensorSource] | None:
     """Return what the artifact's weights are where some were quantised, None where none was."""
-    found = [
-        (weight.source, step.bits)
-        for weight in fused.weights.values()
-        for step in weight.transforms
-        if isinstance(step, BlockValues)
-    ]
-    return {**plan.sources, **{name: Quantised.of(plan.sources[name], bits) for name, bits in found}} if found else None
+    found = [(weight.source, step) for weight in fused.weights.values() for step in weight.transforms if isinstance(step, Lossy)]
+    return {**plan.sources, **{name: Quantised.of(plan.sources[name], step) for name, step in found}} if found else None
 
 
 def _computed(name: str, value: Tensor) -> WeightEntry:

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint, TensorSource, tokenizer_files
 from oxfuse.models.contract import ModelContract, lookup
 from oxfuse.passes.fusions.isa import resolve_isa
+from oxfuse.passes.pack import Packing, Precision
 from oxfuse.runtime.manifest import Limits
 
 NEAREST = {
@@ -63,6 +64,13 @@ class Plan:
     def pooled(self) -> bool:
         """Tell whether the model answers with one row a sequence."""
         return self.contract.tasks[self.task].pooled
+
+    @property
+    def packing(self) -> Packing | None:
+        """Return how weights are packed for the target, None where it reads them as they are."""
+        if self.options.device != "cpu":
+            return None
+        return Packing(dense=cast(Precision, self.options.dense), activations=cast(Precision, self.options.activations))
 
     @property
     def block_size(self) -> int:

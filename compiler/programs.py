@@ -1,9 +1,9 @@
 """From the fused step module to an artifact's programs: what each target lowers, and how often each program calls each op.
 
-`cpu` has one program, for any mix of tokens, and a library of C++ ops that it calls, for which MXFP4 experts are packed. `onnx`
-has one model, which names places in the weight file and is therefore written after it. A `cuda` target has, for each GPU arch, a
-program like the CPU's and one for steps in which every sequence adds one token: there, launches cost more than work, so
-neighbouring ops are merged into single kernels, which are inlined.
+`cpu` has one program, for any mix of tokens, and a library of C++ ops that it calls. `onnx` has one model, which names places in
+the weight file and is therefore written after it. A `cuda` target has, for each GPU arch, a program like the CPU's and one for
+steps in which every sequence adds one token: there, launches cost more than work, so neighbouring ops are merged into single
+kernels, which are inlined.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from oxfuse.compiler.plan import Plan
 from oxfuse.errors import InternalError
 from oxfuse.passes.dump import GraphDumps, op_counts
 from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
-from oxfuse.passes.fusions.moe_dispatch.packed import pack_experts
 from oxfuse.runtime.manifest import ONNX_CUDA
 
 if TYPE_CHECKING:
@@ -100,7 +99,6 @@ def _build_cpu(
         building = pool.submit(build_ops, cpu_kernels(), plan.level, place / "oxfuse_ops.so")
         with phases("export and fuse"):
             fused = fuse()
-            pack_experts(fused.step, fused.weights)
             program = _export(plan, fused, fused.step, plan.step_limits, dumps, "step")
         with phases("build C++ ops"):
             ops = building.result()

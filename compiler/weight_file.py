@@ -21,7 +21,7 @@ from torch import Tensor
 
 from oxfuse.compiler.artifact import DISK_FULL, disk_full, require_space
 from oxfuse.errors import InternalError
-from oxfuse.passes.weights import Weight
+from oxfuse.passes.weights import Transform, Weight
 from oxfuse.runtime.manifest import WeightFile, WeightTensor
 
 ALIGNMENT = 64  # one cache line, one AVX-512 register
@@ -78,28 +78,29 @@ class RowReader(Protocol):
 def entry_of(weight: Weight, source: RowReader) -> WeightEntry:
     """Return the entry that streams `source` through the recipe of `weight`, a few rows at a time where the recipe allows it.
 
-    Rows may go one by one where every step keeps dim 0 as it is, which its effect on shapes shows. A cast that the recipe does
-    not name, because the program's dtype is not the checkpoint's, is named in the layout.
+    Rows may go one by one where every step keeps dim 0 as it is, which its effect on shapes shows, and in runs where a step makes
+    one row of as many as its attribute `rows` says. A cast that the recipe does not name, because the program's dtype is not the
+    checkpoint's, is named in the layout.
     """
     if weight.encoding == "mxfp4" and weight.part is None:
         raise InternalError(
             f"{weight.source} is MXFP4, but the program reads it dense: no fusion has taken its blocks and scales."
         )
-    shape, row_by_row, height = source.shape, bool(source.shape), 0
+    shape, unit, height = source.shape, int(bool(source.shape)), 0
     for step in weight.transforms:
-        row_by_row = row_by_row and _keeps_rows(step.shape, shape)
+        unit *= _rows_of(step, shape)
         shape = step.shape(shape)
     if shape != weight.shape:
         raise InternalError(f"The recipe of {weight.source} makes {shape} of {source.shape}; the graph expects {weight.shape}.")
-    if row_by_row:
-        row_bytes = math.prod(shape[1:]) * max(source.dtype.itemsize, weight.dtype.itemsize)
-        height = max(1, PIECE // max(row_bytes, 1))
+    if unit:
+        row_bytes = max(math.prod(source.shape[1:]) * source.dtype.itemsize, math.prod(shape[1:]) * weight.dtype.itemsize // unit)
+        height = max(1, PIECE // max(row_bytes * unit, 1)) * unit
     steps = tuple(step.label for step in weight.transforms)
     cast = source.dtype != weight.dtype and not any(hasattr(step, "dtype") for step in weight.transforms)
 
     def chunks() -> Iterator[Tensor]:
-        for first in range(0, shape[0], height) if row_by_row else (None,):
-            tensor = source.read(None if first is None else slice(first, min(first + height, shape[0])))
+        for first in range(0, source.shape[0], height) if unit else (None,):
+            tensor = source.read(None if first is None else slice(first, min(first + height, source.shape[0])))
             for step in weight.transforms:
                 tensor = step.apply(tensor)
             yield tensor
@@ -113,9 +114,12 @@ def entry_of(weight: Weight, source: RowReader) -> WeightEntry:
     )
 
 
-def _keeps_rows(effect: Callable[[tuple[int, ...]], tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-    after = effect(shape)
-    return all(effect((n, *shape[1:])) == (n, *after[1:]) for n in (shape[0], shape[0] + 1))
+def _rows_of(step: Transform, shape: tuple[int, ...]) -> int:
+    """Return of how many rows (dim 0) a step makes one, whatever their number; 0 where rows are not its unit."""
+    unit: int = getattr(step, "rows", 1)
+    after = step.shape(shape)
+    wholes = range(shape[0] // unit, shape[0] // unit + 2)
+    return unit if all(step.shape((n * unit, *shape[1:])) == (n, *after[1:]) for n in wholes) else 0
 
 
 def write_weights(path: Path, entries: Mapping[str, WeightEntry], progress: Callable[[int], None] | None = None) -> WeightFile:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from oxfuse.models.contract import ComputedBuffers, Experts, ModelContract
 from oxfuse.models.reference import RowsOutput
@@ -26,6 +27,7 @@ SLICE_BYTES = 64 << 20
 
 Read = Callable[[str, slice | None], Tensor]
 """(name of one of a module's own parameters, rows) -> values in the oracle's dtype."""
+Change = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def stream_oracle(
     position_ids: Tensor,
     dtype: torch.dtype = torch.float32,
     rows: Tensor | None = None,
+    entering: Mapping[str, Change] | None = None,
     **wanted: Any,
 ) -> RowsOutput:
     """Return what the reference says about the tokens `rows`, int64 [R] (default: all), of one sequence, computed on the CPU.
@@ -52,6 +55,11 @@ def stream_oracle(
         if own:
             read = partial(_read, own, dtype)
             module.forward = partial(_runner(module), module, read, module.forward)
+            change = next(
+                (entering[names[p]] for p in module.parameters(recurse=False) if entering and names[p] in entering), None
+            )
+            if change is not None:
+                module.forward = partial(_run_changed, module, change, module.forward)
         if isinstance(module, ComputedBuffers):
             module.compute_buffers(torch.device("cpu"))
     rows = torch.arange(input_ids.shape[1]) if rows is None else rows
@@ -91,6 +99,28 @@ def _run_linear(module: nn.Linear, read: Read, forward: Callable[..., Any], x: T
     step = max(1, SLICE_BYTES // (module.in_features * module.weight.dtype.itemsize))
     slices = [slice(start, start + step) for start in range(0, module.out_features, step)]
     return torch.cat([F.linear(x, read("weight", s), read("bias", s) if module.bias is not None else None) for s in slices], -1)
+
+
+def _run_changed(module: nn.Module, change: Change, forward: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    if isinstance(module, nn.Linear):
+        return forward(change(x), *args)
+    with _ChangedProducts(change):
+        return forward(x, *args)
+
+
+class _ChangedProducts(TorchFunctionMode):
+    """Changes what a matrix product multiplies with a parameter."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.matmul and isinstance(args[1], nn.Parameter):
+            args = (self._change(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _run_embedding(module: nn.Embedding, read: Read, forward: Callable[..., Any], ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ All else loses: 8 bits about 0.4 % of a weight, 4 bits 7 to 8 %.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ _SHRUNK = tuple(6.6 + 0.2 * step for step in range(10))
 Bits = Literal[8, 4]
 _BLOCKS_AT_ONCE = 4096
 """Half a megabyte of float32, so that what is tried on a block stays in the cache."""
+
+
+@runtime_checkable
+class Lossy(Protocol):
+    """A step of a recipe that loses something, and can say what is left."""
+
+    def restored(self, weights: Tensor) -> Tensor:
+        """Return what becomes of weights [..., K], in float32."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,10 @@ class BlockValues:
         values, _ = quantise(weights, self.bits)
         return values if self.bits == 8 else values[..., 0::2] | values[..., 1::2] << 4
 
+    def restored(self, weights: Tensor) -> Tensor:
+        """Return what becomes of weights [..., K], in float32."""
+        return dequantised(weights, self.bits)
+
 
 @dataclass(frozen=True)
 class BlockScales:
@@ -124,10 +136,11 @@ class BlockScales:
         return quantise(weights, self.bits)[1]
 
 
-def quantise(weights: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """Return whole numbers uint8 [..., K] and scales float32 [..., K / 32]: a weight is (number - ZERO) * scale.
+def quantise(weights: Tensor, bits: Bits, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return whole numbers uint8 [..., K] and scales [..., K / 32] in `scale_dtype`: a weight is (number - ZERO) * scale.
 
-    With 8 bits the block's largest weight becomes 127; with 4 bits what makes the block's squared error smallest.
+    With 8 bits the block's largest weight becomes 127; with 4 bits what makes the block's squared error smallest. Scales are
+    rounded first, so numbers fit them as they are stored.
     """
     blocks = weights.float().reshape(-1, BLOCK)
     values, scales = torch.empty(blocks.shape, dtype=torch.uint8), torch.empty(len(blocks))
@@ -135,9 +148,26 @@ def quantise(weights: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
         columns = some.t().contiguous()  # [32, blocks]: operations with a scale a block run along the blocks
         largest = columns.abs().amax(0)
         largest.masked_fill_(largest == 0, 1)
-        scale.copy_(largest / 127 if bits == 8 else _best_scale(columns, largest))
+        scale.copy_((largest / 127 if bits == 8 else _best_scale(columns, largest)).to(scale_dtype))
         numbers.copy_(_rounded(columns, scale, bits).add_(ZERO[bits]).t())
-    return values.view(weights.shape), scales.view(*weights.shape[:-1], -1)
+    return values.view(weights.shape), scales.view(*weights.shape[:-1], -1).to(scale_dtype)
+
+
+def rounded(activations: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return activations [..., K] in `dtype` with 8 bits in blocks of 32: whole numbers from -127 to 127 times a block's scale.
+
+    The last block may be shorter. The block's largest value becomes 127; a block without one of 2^-100 or more is 0, one with a
+    value that is infinite or no number is NaN. All is computed in float32, whatever `dtype`.
+    """
+    length = activations.shape[-1]
+    blocks = torch.nn.functional.pad(activations.float(), (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    some = largest >= 2.0**-100
+    inverse = torch.full_like(largest, 127) / largest  # 127 / largest would be a reciprocal, rounded, times 127
+    numbers = (blocks * torch.where(some, inverse, 0)).round()
+    scales = torch.where(largest.isfinite(), torch.where(some, largest / 127, 0), torch.nan)
+    result: Tensor = (numbers.to(dtype) * scales.to(dtype)).flatten(-2)[..., :length]
+    return result
 
 
 def _best_scale(blocks: Tensor, largest: Tensor) -> Tensor:
@@ -151,11 +181,11 @@ def _best_scale(blocks: Tensor, largest: Tensor) -> Tensor:
     return best
 
 
-def dequantised(weights: Tensor, bits: Bits) -> Tensor:
+def dequantised(weights: Tensor, bits: Bits, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what `quantise` makes of weights [..., K], in float32."""
-    values, scales = quantise(weights, bits)
+    values, scales = quantise(weights, bits, scale_dtype)
     blocks: Tensor = (values.float() - ZERO[bits]).unflatten(-1, (-1, BLOCK))
-    return (blocks * scales[..., None]).flatten(-2)
+    return (blocks * scales.float()[..., None]).flatten(-2)
 
 
 def _rounded(blocks: Tensor, scale: Tensor, bits: Bits) -> Tensor:

@@ -25,7 +25,7 @@ from oxfuse.models.contract import lookup
 from oxfuse.models.virtual import virtual_model
 from oxfuse.passes.fusions.build import build_ops, cpu_kernels, load_ops
 from oxfuse.passes.fusions.isa import resolve_isa
-from oxfuse.passes.fusions.moe_dispatch.packed import pack_experts
+from oxfuse.passes.pack import Packing
 from oxfuse.passes.weights import Encoding
 
 
@@ -42,8 +42,7 @@ def measure_compile(layers: int) -> dict[str, object]:
             encodings: dict[str, Encoding] = {name: "mxfp4" for name in names if name.endswith("experts.gate_up_proj")}
             encodings |= {name: "mxfp4" for name in names if name.endswith("experts.down_proj")}
         with phases("export and fuse"):
-            fused = fuse(model, encodings, requested=contract.fusions)
-            pack_experts(fused.step, fused.weights)
+            fused = fuse(model, encodings, requested=contract.fusions, packing=Packing())
         with phases("export step"):
             limits = StepLimits(tokens=MAX_STEP_TOKENS, sequences=8, table=config.max_position_embeddings // BLOCK_SIZES["cpu"])
             program = export_step(fused.step, fused.cache, block_size=BLOCK_SIZES["cpu"], dtype=torch.bfloat16, limits=limits)

@@ -44,7 +44,8 @@ class OpCase:
     """One call of an op: `args(dtype)` makes the same inputs anew each time, floating ones in `dtype`, which may be float64.
 
     `op` is the qualified name; `mutated` lists the arguments that the op changes. `kernels` are the devices whose kernels
-    take the case; the plain op takes all.
+    take the case; the plain op takes all. `steps`: values inside are rounded coarsely by definition, so that one near an edge may
+    fall to either side, and a few rows of the result may be off by more than roundings explain.
     """
 
     name: str
@@ -52,3 +53,4 @@ class OpCase:
     args: Callable[[torch.dtype], tuple[Any, ...]]
     mutated: tuple[int, ...] = ()
     kernels: tuple[str, ...] = ("cpu", "cuda")
+    steps: bool = False

@@ -9,10 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import Tensor
 
 import oxfuse
-from oxfuse.artifacts.python_corpus import read_corpus
 from oxfuse.compiler import measure
 from oxfuse.errors import UserError
 from oxfuse.models import load_reference
@@ -30,9 +28,9 @@ from oxfuse.runtime.verify import verify_artifact
 
 from .. import neox
 from ..checkpoints import random_gpt_oss
+from .held_out import held_out
 
 BUNDLED = Path(__file__).parents[2] / "artifacts" / "tiny-gpt-oss"
-SEED = 0
 
 
 def test_mxfp4_goes_into_bytes_without_loss() -> None:
@@ -86,15 +84,6 @@ def tier(tmp_path_factory: pytest.TempPathFactory) -> Tier:
         return made[name]
 
     return get
-
-
-def held_out(model: oxfuse.runtime.CompiledModel, count: int = 4, length: int = 500) -> Tensor:
-    """Return tokens of text that the bundled model was not trained on."""
-    texts = sorted(read_corpus(SEED).held_out.items())
-    ids = [model.tokenizer.encode(text) for _, text in texts if len(text) > 4 * length]
-    rows = [row[:length] for row in ids if len(row) >= length][:count]
-    assert len(rows) == count
-    return torch.tensor(rows)
 
 
 @pytest.mark.parametrize(("name", "kl"), [("int8", 0.02), ("int4", 0.5), pytest.param("dense", 0.02, marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ inputs. Nothing here names an op: a folder brings its cases.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from typing import Any
 
@@ -21,7 +22,7 @@ from oxfuse.runtime.machine import cpu_features
 DTYPES = [torch.float32, torch.bfloat16]
 # Half a unit in the last place for each rounding of a result, and what sums of some hundred float32 products may lose besides,
 # relative to the largest result. bfloat16 has 8 significant bits.
-HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+HALF_UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 SUMS = 3e-6
 # add_rms_norm's definition rounds the sum, then the normalised sum.
 ROUNDINGS = {"oxfuse::add_rms_norm": 2, "oxfuse::norm_router": 2}
@@ -68,9 +69,18 @@ def in_float64(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map(widen, args))
 
 
-def assert_close(got: Any, exact: Any, dtype: torch.dtype, roundings: int = 1, inner: float = 0.0) -> None:
+STEP = 0.02  # of the largest result: what an inner value that is rounded to the next of 255 steps changes
+STEPPED = 0.1  # of the rows may have one
+
+
+def assert_close(got: Any, exact: Any, dtype: torch.dtype, roundings: int = 1, inner: float = 0.0, steps: bool = False) -> None:
     for a, b in zip(tensors(got), tensors(exact), strict=True):
         assert a.dtype == dtype and a.shape == b.shape and a.is_contiguous()
+        if steps:
+            off = (a.double() - b).abs().amax(-1).flatten()
+            assert off.max() <= STEP * b.abs().max()
+            kept = off.argsort()[: len(off) - math.floor(len(off) * STEPPED)]
+            a, b = a.flatten(0, -2)[kept], b.flatten(0, -2)[kept]
         subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the grid that results end on near zero
         room = roundings * (HALF_UNIT[dtype] * b.abs() + subnormal / 2) + (SUMS + inner) * b.abs().max()
         excess = ((a.double() - b).abs() - room).max()
@@ -97,6 +107,8 @@ def test_every_folder_has_cases() -> None:
 def test_plain_op_means_the_naive_loop(case: OpCase) -> None:
     args, plain = case.args(torch.float64), case.args(torch.float64)
     expected, got = NAIVE[case.op](*args), op(case.op)(*plain)
+    if case.steps:
+        return assert_close(got, expected, torch.float64, steps=True)
     for a, b in zip(tensors(got), tensors(expected), strict=True):
         assert torch.isfinite(b).all()
         torch.testing.assert_close(a, b, rtol=0, atol=NAIVE_TOLERANCE.get(case.op, 1e-12) * max(1.0, float(b.abs().max())))
@@ -119,14 +131,14 @@ def test_plain_op_rounds_once(case: OpCase, dtype: torch.dtype) -> None:
             continue
         if (case.op, i) in WIDE:
             assert a.dtype == torch.promote_types(dtype, torch.float32)
-        assert_close(a.to(dtype) if (case.op, i) in WIDE else a, b, dtype, ROUNDINGS.get(case.op, 1), inside)
+        assert_close(a.to(dtype) if (case.op, i) in WIDE else a, b, dtype, ROUNDINGS.get(case.op, 1), inside, case.steps)
 
 
 @pytest.mark.parametrize(("case", "dtype"), CPP_CALLS)
 def test_cpp_op_rounds_once(case: OpCase, dtype: torch.dtype, ops: OpsBuild) -> None:
     args, plain = case.args(dtype), case.args(dtype)
     got = op(ops.names[case.op])(*args)
-    assert_close(got, op(case.op)(*in_float64(case.args(dtype))), dtype, inner=INNER.get((case.op, dtype), 0.0))
+    assert_close(got, op(case.op)(*in_float64(case.args(dtype))), dtype, inner=INNER.get((case.op, dtype), 0.0), steps=case.steps)
     op(case.op)(*plain)
     assert_same_bits(args, plain)
     assert {i for i, (a, b) in enumerate(zip(args, case.args(dtype), strict=True)) if changed(a, b)} <= set(case.mutated)

@@ -27,7 +27,6 @@ from oxfuse.compiler.programs import build_programs
 from oxfuse.compiler.weight_file import WeightEntry, _header, entry_of, write_weights
 from oxfuse.models.tensor_source import MemoryTensor
 from oxfuse.models.virtual import virtual_model
-from oxfuse.passes.fusions.moe_dispatch.packed import pack_experts
 from oxfuse.runtime.manifest import MANIFEST, Manifest, WeightFile, WeightTensor, read_manifest
 
 from .seeded import seeded_checkpoint
@@ -58,10 +57,7 @@ def fuse_plan(plan: Plan) -> Fused:
     """Return the fused step module, as the pipeline makes it."""
     model = virtual_model(plan.contract, plan.config, plan.task, plan.dtype)
     encodings = {name: source.encoding for name, source in plan.sources.items()}
-    fused = fuse(model, encodings, requested=plan.contract.fusions)
-    if plan.options.device == "cpu":
-        pack_experts(fused.step, fused.weights)
-    return fused
+    return fuse(model, encodings, requested=plan.contract.fusions, packing=plan.packing)
 
 
 def weight_entries(plan: Plan, fused: Fused, constants: Mapping[str, str]) -> dict[str, WeightEntry]:

@@ -124,16 +124,14 @@ def test_programs_and_weights_of_two_machines_make_an_artifact(
     with pytest.raises(ValueError, match=r"is not the file of the manifest: .*stated"):
         make_weights(dataclasses.replace(RECIPE, seed=1), alone, tmp_path / "others")
 
-    on_device = steps.device_weights(manifest_of(RECIPE, tmp_path / "programs"), torch.device("cpu"))
     mapped = map_tensors(tmp_path / "joined" / made.WEIGHTS)
-    assert on_device.keys() == mapped.keys() and all(torch.equal(on_device[name], mapped[name]) for name in mapped)
-
-
-def manifest_of(recipe: Recipe, folder: Path) -> Any:
-    """Return a manifest, and let `device_weights` know the tiny shape."""
-    manifest = read_manifest(folder)
-    assert manifest.source["seed"] == str(recipe.seed)
-    return manifest
+    with pytest.raises(ValueError, match="is made by packed in panels of 16"):
+        steps.device_weights(manifest, torch.device("cpu"))
+    plain = {name: tensor for name, tensor in manifest.weights[0].tensors.items() if not tensor.layout}
+    as_on_gpus = dataclasses.replace(manifest, weights=(dataclasses.replace(manifest.weights[0], tensors=plain),))
+    on_device = steps.device_weights(as_on_gpus, torch.device("cpu"))
+    assert on_device.keys() == plain.keys() and len(plain) > 20
+    assert all(torch.equal(on_device[name], mapped[name]) for name in plain)
 
 
 @pytest.fixture(scope="module")

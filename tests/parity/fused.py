@@ -15,7 +15,6 @@ from oxfuse.compiler.plan import Plan, make_plan
 from oxfuse.models.checkpoint import Checkpoint
 from oxfuse.models.virtual import virtual_model
 from oxfuse.passes.fusions.build import OpsBuild
-from oxfuse.passes.fusions.moe_dispatch.packed import pack_experts
 from oxfuse.runtime import CompiledModel
 from oxfuse.runtime.engine import Engine
 
@@ -63,9 +62,8 @@ def fused_model(
     plan = plan_of(folder, **options)
     model = virtual_model(plan.contract, plan.config, plan.task, plan.dtype)
     encodings = {name: source.encoding for name, source in plan.sources.items()}
-    fused = fuse(model, encodings, requested=plan.contract.fusions)
-    if ops is not None:
-        pack_experts(fused.step, fused.weights)
+    packing = None if ops is None else plan.packing
+    fused = fuse(model, encodings, requested=plan.contract.fusions, packing=packing)
     values = weight_values(plan, fused)
     if change is not None:
         change(fused.step, values)

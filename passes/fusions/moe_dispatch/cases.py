@@ -33,10 +33,11 @@ def _case(
     op: str = DISPATCH,
     columns: bool = False,
     packed: bool = False,
+    int8: bool = False,
 ) -> OpCase:
     """`scales` bound the bytes of gate_up, `down_scales` of down; `bias` changes the router's, `biases` scales the experts'.
 
-    With `columns` experts are views of their transposes; `packed` is a layout of MXFP4.
+    With `columns` experts are views of their transposes; `packed` is a layout of MXFP4, whose activations may be `int8`.
     """
 
     def args(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -57,13 +58,14 @@ def _case(
         if packed:
             first, second = (_packed(*bank, pairs) for bank, pairs in ((first, True), (second, False)))
         first_bias, second_bias = (random(experts, size).mul(biases).to(dtype) for size in (2 * width, hidden))
-        rest = *first, first_bias, *second, second_bias, top_k, ALPHA, LIMIT
+        rest = *first, first_bias, *second, second_bias, top_k, ALPHA, LIMIT, *(True,) * int8
         if op == EXPERTS:
             logits = x @ router.T + router_bias
             return x.to(dtype), logits.to(torch.promote_types(dtype, torch.float32)), *rest
         return x.to(dtype), router.to(dtype), router_bias.to(dtype), *rest
 
-    return OpCase(name=name, op=op, args=args, kernels=("cpu",) if packed else ("cuda",) if mxfp4 else ("cpu", "cuda"))
+    kernels = ("cpu",) if packed else ("cuda",) if mxfp4 else ("cpu", "cuda")
+    return OpCase(name=name, op=op, args=args, kernels=kernels, steps=int8)
 
 
 def _packed(blocks: Tensor, scales: Tensor | None, pairs: bool) -> tuple[Tensor, Tensor]:
@@ -109,6 +111,16 @@ def _rows(weight: Tensor, scales: Tensor | None) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def _eight_bits(row: Tensor) -> Tensor:
+    """Blocks of 32 in steps of 1/127 of their largest value."""
+    out: list[float] = []
+    for begin in range(0, len(row), 32):
+        block = row[begin : begin + 32].tolist()
+        step = max(map(abs, block)) / 127
+        out += [round(value / step) * step for value in block]
+    return torch.tensor(out, dtype=torch.float64)
+
+
 def _naive_dispatch(x: Tensor, router_weight: Tensor, router_bias: Tensor, *rest: Any) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).double()
     logits = [[float(row @ token) for row in router_weight.double()] for token in rows]
@@ -127,8 +139,10 @@ def _naive_experts(
     top_k: int,
     alpha: float,
     limit: float,
+    int8: bool = False,
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64)
+    enter = _eight_bits if int8 else lambda row: row
     if gate_up_scales is not None and down_scales is not None and gate_up_scales.dim() == 4:
         gate_up, gate_up_scales = _all_unpacked(gate_up, gate_up_scales, gate_up_bias.shape[1], True)
         down, down_scales = _all_unpacked(down, down_scales, down_bias.shape[1], False)
@@ -140,10 +154,10 @@ def _naive_experts(
         chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
         total = math.fsum(math.exp(logits[e]) for e in chosen)
         for e in chosen:
-            pre = (first[e] @ token + gate_up_bias[e].double()).tolist()
+            pre = (first[e] @ enter(token) + gate_up_bias[e].double()).tolist()
             pairs = [(min(pre[2 * i], limit), max(-limit, min(pre[2 * i + 1], limit))) for i in range(len(pre) // 2)]
             hidden = [(up + 1) * gate / (1 + math.exp(-alpha * gate)) for gate, up in pairs]
-            y = second[e] @ torch.tensor(hidden, dtype=torch.float64) + down_bias[e].double()
+            y = second[e] @ enter(torch.tensor(hidden, dtype=torch.float64)) + down_bias[e].double()
             result += math.exp(logits[e]) / total * y
     return out
 
@@ -191,6 +205,13 @@ CASES = (
     ),
     _case("packed, all tokens on one expert", (250,), 32, 32, 3, 1, mxfp4=True, packed=True, bias=_one_expert),
     _case("packed, empty experts", (30,), 96, 64, 5, 2, mxfp4=True, packed=True, bias=_empty_expert),
+    _case("int8, one token", (1,), 64, 32, 4, 2, mxfp4=True, packed=True, int8=True),
+    _case("int8, two to an expert", (4,), 32, 64, 2, 1, mxfp4=True, packed=True, int8=True),
+    _case("int8, three to an expert", (3,), 32, 64, 3, 3, mxfp4=True, packed=True, int8=True),
+    _case("int8, more than are streamed", (9,), 64, 96, 2, 2, mxfp4=True, packed=True, int8=True),
+    _case("int8, longer than a chunk", (22,), 544, 32, 3, 2, mxfp4=True, packed=True, int8=True),
+    _case("int8, all tokens on one expert", (250,), 32, 32, 3, 1, mxfp4=True, packed=True, bias=_one_expert, int8=True),
+    _case("int8, empty experts", (30,), 96, 64, 5, 2, mxfp4=True, packed=True, bias=_empty_expert, int8=True),
     _case("logits given, one token", (1,), 48, 40, 6, 3, op=EXPERTS),
     _case("logits given, odd sizes", (5,), 19, 11, 5, 2, op=EXPERTS),
     _case("logits given, columns", (5,), 19, 11, 5, 2, op=EXPERTS, columns=True),

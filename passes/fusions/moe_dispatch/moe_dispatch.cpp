@@ -1,9 +1,10 @@
 // oxfuse::moe_dispatch on the CPU: router, experts (float32, bfloat16 or MXFP4) and combination; its meaning is in reference.py.
 //
-// Tokens are grouped by expert. Threads share the rows of the weights, not the experts, so skewed routing costs nothing. Where a
-// register tile of rows serves more tokens than fit the registers, it is decoded to float32 once for up to BATCH of them.
+// Tokens are grouped by expert. Of dense experts threads share the rows of the weights, so skewed routing costs nothing, and a register
+// tile of rows that serves more tokens than fit the registers is decoded to float32 once for up to BATCH of them; packed ones (MXFP4) are
+// handed out in parts (panels.h).
 // Activations are float32 from the input to the one rounding at the end; but where a bfloat16 model meets a processor that multiplies
-// bfloat16, experts with many tokens use that, and their hidden values are rounded to it as the reference in that dtype does.
+// bfloat16, that is used where it pays, and hidden values are rounded to it as the reference in that dtype does.
 #include "columns.h"
 #include "packed.h"
 
@@ -147,8 +148,8 @@ template <class T, class W>
 static void run_experts(const Routing& routing, const Rows& x, const W& gate_up, const Values& gate_up_bias,
                         const W& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
   const int64_t rows = tokens * k, width = gate_up.rows / 2, stride = round_up(width, 32), hidden = down.rows;
-  std::unique_ptr<float[]> inner(new float[rows * stride]), outer(new float[rows * hidden]);
-  std::unique_ptr<bfloat16[]> inner_half(x.half.empty() ? nullptr : new bfloat16[rows * stride]);
+  const Buffer<float> inner = buffer<float>(rows * stride), outer = buffer<float>(rows * hidden);
+  const Buffer<bfloat16> inner_half = x.half.empty() ? nullptr : buffer<bfloat16>(rows * stride);
   Rows sources, inners;
   for (int64_t row = 0; row < rows; ++row) {
     std::fill(&inner[row * stride] + width, &inner[row * stride] + stride, 0.f);
@@ -179,47 +180,70 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
   combine(routing, outer.get(), tokens, k, hidden, out);
 }
 
-// The same for experts in the packed layout; x are rows of the tokens, `stride` values apart.
+// The same for experts in the packed layout; x are rows of the tokens, padded to blocks. With `rounded`, what is multiplied with experts has
+// 8 bits; with `halved` it is bfloat16 where that serves better.
 template <class T>
-static void run_packed(const Routing& routing, const Activations& x, const PackedExperts& gate_up, const Values& gate_up_bias,
-                       const PackedExperts& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
-  const int64_t rows = tokens * k, hidden = gate_up.length, width = down.length;
-  std::unique_ptr<float[]> sorted(new float[rows * hidden]), inner(new float[rows * width]), outer(new float[rows * hidden]);
-  std::unique_ptr<bfloat16[]> sorted_half(x.half ? new bfloat16[rows * hidden] : nullptr), inner_half(x.half ? new bfloat16[rows * width] : nullptr);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Activations from = x.from(routing.token[row]);
-    std::memcpy(&sorted[row * hidden], from.wide, hidden * sizeof(float));
-    if (x.half) std::memcpy(&sorted_half[row * hidden], from.half, hidden * sizeof(bfloat16));
+static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool halved, const Mxfp4& gate_up, const Values& gate_up_bias,
+                       const Mxfp4& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
+  const int64_t rows = tokens * k, hidden = gate_up.length, width = down.length, blocks = hidden / BLOCK;
+  const Places sorted_places(routing.begin, blocks), inner_places(routing.begin, width / BLOCK);
+  const auto many = [&](const Group& group) { return group.count > STREAMED_ROWS; };
+  const bool words = std::is_same_v<T, bfloat16> && !rounded && multiplies_words() && std::any_of(sorted_places.groups.begin(), sorted_places.groups.end(), many);
+  const Buffer<float> sorted = buffer<float>(rounded ? 0 : rows * hidden), inner = buffer<float>(rows * width), outer = buffer<float>(rows * hidden);
+  const Buffer<bfloat16> sorted_half = buffer<bfloat16>(halved ? rows * hidden : 0), inner_half = buffer<bfloat16>(halved ? rows * width : 0);
+  Activations sources{sorted.get(), halved ? sorted_half.get() : nullptr}, inners{inner.get(), halved ? inner_half.get() : nullptr};
+  std::optional<RoundedBlocks<int8_t>> sorted_bytes, inner_bytes;
+  std::optional<RoundedBlocks<int16_t>> sorted_words, inner_words;
+  // Rows of x lie end to end, so that their blocks are numbered.
+  const auto sort = [&](auto& sorted_numbers, const auto& numbers) {
+    sorted_numbers.emplace(rows * blocks);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t b = 0; b < blocks; ++b) sorted_numbers->copy(sorted_places.of(row, b), numbers, routing.token[row] * blocks + b);
+    return sorted_numbers->numbers();
+  };
+  if (rounded) {
+    sources = {.bytes = sort(sorted_bytes, round_blocks<int8_t, Mxfp4>(x.wide[0], tokens * blocks))};
+  } else {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t at = sorted_places.of(row, b) * BLOCK;
+        std::memcpy(&sorted[at], x.wide[routing.token[row]] + b * BLOCK, BLOCK * sizeof(float));
+        if (halved) std::memcpy(&sorted_half[at], x.half[routing.token[row]] + b * BLOCK, BLOCK * sizeof(bfloat16));
+      }
+    if (words) sources.words = sort(sorted_words, round_blocks<int16_t, Mxfp4>(x.wide[0], tokens * blocks));
   }
-  for_each_panel_pair(gate_up, routing.begin, {sorted.get(), sorted_half.get(), hidden}, [&](int64_t e, int64_t m, int count, int64_t panel, const float* results) {
+  for_each_panel_pair(gate_up, sorted_places, sources, [&](const Group& group, int64_t panel, const float* results) {
     float gate_bias[PANEL_ROWS], up_bias[PANEL_ROWS];
     const int64_t first = panel / 2 * PANEL_ROWS;
     for (int r = 0; r < PANEL_ROWS; ++r) {
-      gate_bias[r] = gate_up_bias[e * 2 * width + 2 * (first + r)];
-      up_bias[r] = gate_up_bias[e * 2 * width + 2 * (first + r) + 1];
+      gate_bias[r] = gate_up_bias[group.expert * 2 * width + 2 * (first + r)];
+      up_bias[r] = gate_up_bias[group.expert * 2 * width + 2 * (first + r) + 1];
     }
-    for (int i = 0; i < count; ++i)
+    for (int64_t i = 0; i < group.count; ++i)
       for (int v = 0; v < PANEL_ROWS; v += LANES) {
         const float* from = results + i * WIDTH + v;
         const Floats value = swiglu(load(from) + load(gate_bias + v), load(from + PANEL_ROWS) + load(up_bias + v), alpha, limit);
-        const int64_t at = (m + i) * width + first + v;
+        const int64_t at = inner_places.of(group.first + i, first / BLOCK) * BLOCK + first % BLOCK + v;
         store(&inner[at], value);
-        if (inner_half) store_narrow(&inner_half[at], value);
+        if (halved) store_narrow(&inner_half[at], value);
       }
   });
-  for_each_panel_pair(down, routing.begin, {inner.get(), inner_half.get(), width}, [&](int64_t e, int64_t m, int count, int64_t panel, const float* results) {
+  if (rounded) inners = {.bytes = inner_bytes.emplace(round_blocks<int8_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers()};
+  if (words) inners.words = inner_words.emplace(round_blocks<int16_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers();
+  for_each_panel_pair(down, inner_places, inners, [&](const Group& group, int64_t panel, const float* results) {
     float bias[WIDTH];
     const int64_t first = panel * PANEL_ROWS;
-    for (int r = 0; r < WIDTH; ++r) bias[r] = down_bias[e * hidden + first + r];
-    for (int i = 0; i < count; ++i)
-      for (int v = 0; v < WIDTH; v += LANES) store(&outer[(m + i) * hidden + first + v], load(results + i * WIDTH + v) + load(bias + v));
+    for (int r = 0; r < WIDTH; ++r) bias[r] = down_bias[group.expert * hidden + first + r];
+    for (int64_t i = 0; i < group.count; ++i)
+      for (int v = 0; v < WIDTH; v += LANES) store(&outer[(group.first + i) * hidden + first + v], load(results + i * WIDTH + v) + load(bias + v));
   });
   combine(routing, outer.get(), tokens, k, hidden, out);
 }
 
 static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const Tensor& router_bias, const Tensor& gate_up,
                            const std::optional<Tensor>& gate_up_scales, const Tensor& gate_up_bias, const Tensor& down,
-                           const std::optional<Tensor>& down_scales, const Tensor& down_bias, int64_t top_k, double alpha, double limit) {
+                           const std::optional<Tensor>& down_scales, const Tensor& down_bias, int64_t top_k, double alpha, double limit,
+                           bool int8_activations) {
   const int64_t experts = router_weight.size(0), hidden = router_weight.size(1), width = gate_up_bias.size(1) / 2;
   OXFUSE_CHECK(x.dim() >= 1 && x.size(-1) == hidden, "x must end in the router's " + text(hidden) + " features");
   OXFUSE_CHECK(1 <= top_k && top_k <= experts, "top_k " + text(top_k) + " of " + text(experts) + " experts");
@@ -227,6 +251,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   check_shape("router_bias", router_bias, {experts});
   check_shape("gate_up_bias", gate_up_bias, {experts, 2 * width});
   check_shape("down_bias", down_bias, {experts, hidden});
+  OXFUSE_CHECK(gate_up_scales || !int8_activations, "activations of 8 bits need experts in MXFP4");
   if (gate_up_scales) {
     OXFUSE_CHECK(hidden % 32 == 0 && width % 32 == 0, "MXFP4 needs sizes that 32 divides, found " + text(hidden) + " and " + text(width));
     check_shape("packed gate_up", gate_up, {experts, width / 8, hidden / 32, BLOCK_BYTES});
@@ -255,10 +280,10 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   with_type("x", x, [&](auto type) {
     using T = decltype(type);
     const T* router = data<T>(router_weight);
-    std::unique_ptr<float[]> wide(new float[std::min(step, tokens) * stride]);
-    std::unique_ptr<bfloat16[]> halves;
-    const bool halved = gate_up_scales ? has_bfloat16() : multiplies_bfloat16() && !columns;
-    if (std::is_same_v<T, bfloat16> && halved) halves.reset(new bfloat16[std::min(step, tokens) * stride]);
+    const Buffer<float> wide = buffer<float>(std::min(step, tokens) * stride);
+    Buffer<bfloat16> halves;
+    const bool halved = !int8_activations && (gate_up_scales ? has_bfloat16() : multiplies_bfloat16() && !columns);
+    if (std::is_same_v<T, bfloat16> && halved) halves = buffer<bfloat16>(std::min(step, tokens) * stride);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);
       Rows rows;
@@ -277,7 +302,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
       const float a = static_cast<float>(alpha), l = static_cast<float>(limit);
       if (gate_up_scales) {
         static const Powers powers;
-        run_packed(routing, {wide.get(), halves.get(), stride},
+        run_packed(routing, rows, int8_activations, halves != nullptr,
                    {data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), width / 8, hidden, powers.of}, gate_up_b,
                    {data<uint8_t>(down), data<uint8_t>(*down_scales), hidden / 16, width, powers.of}, down_b, count, top_k, a, l, result);
         continue;
@@ -298,4 +323,4 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
 
 OXFUSE_OP(moe_dispatch,
           "(Tensor x, Tensor router_weight, Tensor router_bias, Tensor gate_up, Tensor? gate_up_scales, Tensor gate_up_bias, Tensor down, "
-          "Tensor? down_scales, Tensor down_bias, int top_k, float alpha, float limit) -> Tensor")
+          "Tensor? down_scales, Tensor down_bias, int top_k, float alpha, float limit, bool int8_activations=False) -> Tensor")

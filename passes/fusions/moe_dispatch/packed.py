@@ -78,21 +78,20 @@ class PackedScales:
         return _panels(scales, self.pairs).transpose(2, 3)
 
 
-def pack_experts(module: fx.GraphModule, weights: WeightTable) -> int:
-    """Let the graph's ops read their MXFP4 experts packed, in place; return how many ops do.
+def pack_experts(module: fx.GraphModule, weights: WeightTable, *, int8_activations: bool) -> list[list[str]]:
+    """Let the graph's ops read their MXFP4 experts packed, in place; return the checkpoint's names of each op's experts.
 
-    The recipes in the table grow by a step. Experts that are packed already stay as they are.
+    The recipes in the table grow by a step. With `int8_activations` the ops round what they multiply with experts.
     """
-    packed = 0
+    packed = []
     for node in module.graph.nodes:
         if not is_op(node, OXFUSE.moe_dispatch.default) or args_of(node)[4] is None:
             continue
+        sources = []
         for index, pairs in ((3, True), (6, False)):
             steps: tuple[Transform, Transform] = (PackedBlocks(pairs), PackedScales(pairs))
             for read, step in zip((as_node(a) for a in args_of(node)[index : index + 2]), steps, strict=True):
                 name = str(read.target)
-                if step in weights[name].transforms:
-                    continue
                 weights[name] = weights[name].then(step)
                 owner, _, leaf = name.rpartition(".")
                 parent = module.get_submodule(owner)
@@ -100,5 +99,8 @@ def pack_experts(module: fx.GraphModule, weights: WeightTable) -> int:
                 setattr(parent, leaf, torch.nn.Parameter(memory, requires_grad=False))
                 value = read.meta["val"]
                 read.meta["val"] = value.new_empty(weights[name].shape)
-        packed += 1
+            sources.append(weights[name].source)
+        if int8_activations:
+            node.args = (*args_of(node), True)
+        packed.append(sources)
     return packed

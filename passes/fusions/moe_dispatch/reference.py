@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oxfuse.passes.fusions.linear.reference import arch_of
+from oxfuse.passes.quantise import rounded
 
 PANEL = 16
 """Rows of a panel in the packed layout."""
@@ -29,19 +30,22 @@ def moe_dispatch(
     top_k: int,
     alpha: float,
     limit: float,
+    int8_activations: bool = False,
 ) -> Tensor:
     """Return the weighted sum of the top_k experts' outputs for every token, [..., H], contiguous.
 
     x [..., H]; router_weight [E, H], router_bias [E]; gate_up_bias [E, 2I], down_bias [E, H]. Without scales gate_up is
     [E, 2I, H] and down [E, H, I] in x's dtype, both contiguous or both views of contiguous [E, H, 2I] and [E, I, H]; with scales
     they are MXFP4: gate_up uint8 [E, 2I, H / 32, 16] with gate_up_scales uint8 [E, 2I, H / 32], down likewise over I; on CPUs
-    also packed (packed.py), as [E, P, H / 32, 256] with scales [E, P, H / 32, 16]. Rows are
-    output features; even rows of gate_up are the gate, odd ones the up projection. Everything is computed in
-    promote(x.dtype, float32), the hidden values between the two products included, and rounded once at the end. Raises
-    NotImplementedError on devices other than cpu and cuda.
+    also packed (packed.py), as [E, P, H / 32, 256] with scales [E, P, H / 32, 16]. Rows are output features; even rows of gate_up
+    are the gate, odd ones the up projection. Everything is computed in promote(x.dtype, float32), the hidden values between the
+    two products included, and rounded once at the end. With `int8_activations`, on CPUs, what is multiplied with MXFP4 experts is
+    `rounded` first. Raises NotImplementedError on devices other than cpu and cuda.
     """
     banks = gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias
     if x.device.type == "cuda":
+        if int8_activations:
+            raise NotImplementedError("oxfuse::moe_dispatch has no kernel for activations of 8 bits on cuda.")
         from oxfuse.passes.fusions.moe_dispatch.triton import launch_dispatch  # only here: triton is slow to import
 
         args = x, router_weight, router_bias, *banks, top_k, alpha, limit
@@ -50,7 +54,7 @@ def moe_dispatch(
         raise NotImplementedError(f"oxfuse::moe_dispatch has no kernel for device {x.device}; it runs on cpu and cuda.")
     tokens = x.flatten(0, -2)
     indices, weights = route(tokens, router_weight, router_bias, top_k)
-    total = _mixture(tokens, indices, weights, *banks, alpha, limit)
+    total = _mixture(tokens, indices, weights, *banks, alpha, limit, int8_activations)
     return total.to(x.dtype).reshape(x.shape).contiguous()
 
 
@@ -96,6 +100,7 @@ def _mixture(
     down_bias: Tensor,
     alpha: float,
     limit: float,
+    int8_activations: bool = False,
 ) -> Tensor:
     """Return the weighted sum of the chosen experts' outputs for tokens [T, H], in the dtype of `weights`."""
     total = torch.zeros_like(tokens, dtype=weights.dtype)
@@ -103,7 +108,7 @@ def _mixture(
         one = slice(first, first + 1)
         scales = [None if part is None else part[one] for part in (gate_up_scales, down_scales)]
         first_bank, second_bank = (gate_up[one], scales[0], gate_up_bias[one]), (down[one], scales[1], down_bias[one])
-        output = experts(tokens, *first_bank, *second_bank, alpha, limit)
+        output = experts(tokens, *first_bank, *second_bank, alpha, limit, int8_activations)
         total = total + combine(output, indices, weights, first)
     return total
 
@@ -133,6 +138,7 @@ def experts(
     down_bias: Tensor,
     alpha: float,
     limit: float,
+    int8_activations: bool = False,
 ) -> Tensor:
     """Return what every expert held by the tensors makes of every row of x [T, H], as [E, T, H] in promote(x.dtype, float32).
 
@@ -140,15 +146,16 @@ def experts(
     hidden = (up + 1) * gate * sigmoid(alpha * gate).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    enter = rounded if int8_activations else Tensor.to
     if gate_up_scales is not None and down_scales is not None and gate_up_scales.dim() == 4:
         rows = gate_up_bias.shape[1], down_bias.shape[1]
         gate_up, gate_up_scales = unpack(gate_up, rows[0], True), unpack_scales(gate_up_scales, rows[0], True)
         down, down_scales = unpack(down, rows[1], False), unpack_scales(down_scales, rows[1], False)
     first = _dense(gate_up, gate_up_scales, wide).transpose(1, 2)  # [E, H, 2I]
-    gate, up = (torch.matmul(x.to(wide), first) + gate_up_bias.to(wide)[:, None]).unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = (torch.matmul(enter(x, wide), first) + gate_up_bias.to(wide)[:, None]).unflatten(-1, (-1, 2)).unbind(-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     hidden = (up + 1) * gate * torch.sigmoid(alpha * gate)
-    return torch.matmul(hidden, _dense(down, down_scales, wide).transpose(1, 2)) + down_bias.to(wide)[:, None]
+    return torch.matmul(enter(hidden, wide), _dense(down, down_scales, wide).transpose(1, 2)) + down_bias.to(wide)[:, None]
 
 
 def combine(outputs: Tensor, indices: Tensor, weights: Tensor, first: int = 0) -> Tensor:

@@ -1,0 +1,513 @@
+// Products of rows of activations with weights in panels of 16 rows, a lane for each row: what packed formats have in common.
+//
+// A few activations are multiplied as the weights stream by; for more, two panels are decoded once for up to TALLEST of them. Sums never
+// cross lanes. A block of 32 values along the input is summed by itself, then scaled and added, so that a row's result is the same alone and
+// in a batch, and for any number of threads.
+//
+// A format says what its panels are: how many, of how many values (`panels`, `length`), and
+//   Panel at(expert, panel)                where a panel's blocks are
+//   Raw load(panel, block, c, part)        eight values (8 c .. 8 c + 7) of LANES rows, as they are stored
+//   static Floats value(raw, k)            the k-th of the eight, without its scale
+//   Floats scale(panel, block, part)       the scales of LANES rows
+// and for activations of 8 bits also
+//   static Bits bytes(raw, half)           four values of each row as bytes, values 0 4 1 5 of the eight or 2 6 3 7: ZERO + value / UNIT
+#pragma once
+
+#include <atomic>
+
+#include "product.h"
+
+namespace oxfuse {
+
+constexpr int BLOCK = 32;                   // values along the input that share a scale
+constexpr int PANEL_ROWS = 16;
+constexpr int PV = PANEL_ROWS / LANES;      // vectors of float32 of a panel
+constexpr int PAIR = 2;                     // panels that are decoded and multiplied together: gates, and the ups that belong to them
+constexpr int CHUNK_BLOCKS = 9;             // blocks that are decoded at a time: 18 KB in bfloat16, 36 KB in float32
+constexpr int TALLEST = 240;                // rows of activations that share decoded panels; their results take 30 KB
+constexpr int WIDTH = PAIR * PANEL_ROWS;    // results of a row
+constexpr int V = PAIR * PV;                // the same in vectors
+
+// Calls each(first, some) for runs of at most `most` of m rows, as alike as can be: a small rest would leave a processor waiting.
+template <class Each>
+void for_tiles(int64_t m, int64_t most, Each&& each) {
+  const int64_t tiles = (m + most - 1) / most;
+  for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+    const int64_t some = m / tiles + (tile < m % tiles);
+    each(first, some);
+    first += some;
+  }
+}
+
+// Rows of activations that are multiplied with the same weights.
+struct Group {
+  int64_t expert, first, count;
+};
+
+// Where a block of a row of activations lies, in blocks: those of a group beside each other, [block][row of the group], so that a register tile
+// of rows finds a block of all of them in one place.
+struct Places {
+  int64_t blocks;
+  std::vector<Group> groups;
+  std::vector<int64_t> group;  // of each row
+
+  // Groups of at most TALLEST rows, as alike as can be; `begin` has the first row of each expert, and the number of all.
+  Places(const std::vector<int64_t>& begin, int64_t blocks) : blocks(blocks) {
+    for (int64_t e = 0; e + 1 < static_cast<int64_t>(begin.size()); ++e)
+      for_tiles(begin[e + 1] - begin[e], TALLEST, [&](int64_t first, int64_t some) {
+        group.insert(group.end(), some, groups.size());
+        groups.push_back({e, begin[e] + first, some});
+      });
+  }
+  int64_t of(int64_t row, int64_t block) const {
+    const Group& in = groups[group[row]];
+    return in.first * blocks + block * in.count + row - in.first;
+  }
+};
+
+// Rows of activations as whole numbers, each block of 32 with a scale: value = number * scale. Of 8 bits, eight numbers are the values
+// 0 4 1 5 2 6 3 7; of 16 bits they lie in order.
+template <class Number>
+struct Numbers {
+  const Number* values = nullptr;
+  const float* scales = nullptr;
+  const int32_t* starts = nullptr;  // of 8 bits: what a block's sum begins with, see `factor` below
+  explicit operator bool() const { return values; }
+  Numbers at(int64_t place) const { return values ? Numbers{values + place * BLOCK, scales + place, starts + place} : Numbers{}; }
+};
+
+// Rows of activations in blocks, in every form that kernels want: float32; bfloat16 and 16 bits where the processor is fast at them; or 8 bits
+// alone. `rows` are those of the group, and how far its blocks are apart.
+struct Activations {
+  const float* wide = nullptr;
+  const bfloat16* half = nullptr;
+  Numbers<int8_t> bytes;
+  Numbers<int16_t> words;
+  int64_t rows = 0;
+  Activations at(int64_t place, int64_t count) const {
+    return {wide ? wide + place * BLOCK : nullptr, half ? half + place * BLOCK : nullptr, bytes.at(place), words.at(place), count};
+  }
+  Activations from(int64_t row, int64_t block = 0) const { return at(block * rows + row, rows); }
+};
+
+inline Bits load_bits(const void* from) {
+  Bits out;
+  std::memcpy(&out, from, sizeof(out));
+  return out;
+}
+
+inline Ints splat_int(int32_t x) { return Ints{} + x; }
+
+// Four activations in every lane.
+inline Ints four_at(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return splat_int(four);
+}
+
+// Sums of four products a lane of bytes 0..255 with activations -127..127, added to `acc`. Weights are bytes less ZERO; `factor` times the sum of
+// a block's activations is what its sum must begin with. All are exact.
+#ifdef __AVX2__
+struct Multiplied {  // two steps, the first in 16 bits
+  template <int ZERO>
+  static constexpr int factor() { return ZERO > 32 ? 0 : -ZERO; }
+  template <int ZERO>
+  static Ints add(Ints acc, Bits weights, Ints x) {
+#ifdef __AVX512BW__
+    const __m512i ones = _mm512_set1_epi16(1);
+    __m512i w = (__m512i)weights, v = (__m512i)x;
+    if constexpr (ZERO > 32) {  // two products of large bytes do not fit 16 bits: the sign goes to the activations
+      w = _mm512_xor_si512(w, _mm512_set1_epi8(static_cast<char>(ZERO)));
+      v = _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), v);
+      w = _mm512_abs_epi8(w);
+    }
+    return acc + (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16(w, v), ones);
+#else
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i w = (__m256i)weights, v = (__m256i)x;
+    if constexpr (ZERO > 32) {
+      w = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(ZERO)));
+      v = _mm256_sign_epi8(v, w);
+      w = _mm256_abs_epi8(w);
+    }
+    return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16(w, v), ones);
+#endif
+  }
+};
+
+// One instruction, which the assembler knows whatever the target; with the intrinsic GCC 12 keeps sums in memory.
+struct Vnni {
+  template <int ZERO>
+  static constexpr int factor() { return -ZERO; }
+  template <int ZERO>
+  static __attribute__((always_inline)) Ints add(Ints acc, Bits weights, Ints x) {
+#ifdef __AVX512F__
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
+#else
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(weights), "x"(x));
+#endif
+    return acc;
+  }
+};
+#else
+struct Multiplied {
+  template <int ZERO>
+  static constexpr int factor() { return 0; }
+  template <int ZERO>
+  static Ints add(Ints acc, Bits weights, Ints x) {
+    for (int byte = 0; byte < 4; ++byte) {
+      const Ints w = (Ints)(weights >> 8 * byte & 255) - ZERO, v = (x << (24 - 8 * byte)) >> 24;
+      acc += w * v;
+    }
+    return acc;
+  }
+};
+using Vnni = Multiplied;
+#endif
+
+// Whether the processor multiplies bytes in one instruction. OXFUSE_NO_VNNI stands for one that does not.
+inline bool multiplies_bytes() {
+#if defined(OXFUSE_NO_VNNI) || !defined(__AVX2__)
+  return false;
+#elif defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return __builtin_cpu_supports("avxvnni");
+#endif
+}
+
+// Blocks of activations as whole numbers, held.
+template <class Number>
+class RoundedBlocks {
+ public:
+  static constexpr float MOST = sizeof(Number) == 1 ? 127.f : 32767.f;
+  explicit RoundedBlocks(int64_t blocks) : values_(buffer<Number>(blocks * BLOCK)), scales_(buffer<float>(blocks)), starts_(buffer<int32_t>(blocks)) {}
+
+  // Rounds the block of 32 values at x by its largest value: with 8 bits what `rounded` of passes/quantise.py does. With a value that is no
+  // number, or infinite, it becomes none. `factor` times the numbers' sum is what a sum of products begins with.
+  void round(int64_t place, const float* x, int factor) {
+    Floats largest{}, poison{};
+    for (int k = 0; k < BLOCK; k += LANES) {
+      const Floats value = load(x + k), size = (Floats)((Bits)value & 0x7fffffffu);
+      largest = size > largest ? size : largest;
+      poison += value * 0.f;
+    }
+    float most = 0, wrong = 0;
+    for (int i = 0; i < LANES; ++i) most = std::max(most, largest[i]), wrong += poison[i];
+    const bool some = most >= 0x1p-100f;  // below it the inverse may overflow, and nothing is left to say
+    const float scale = some ? most / MOST : 0.f, inverse = some ? MOST / most : 0.f;
+    int32_t numbers[BLOCK];
+    const Floats magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+    Ints total{};
+    for (int k = 0; k < BLOCK; k += LANES) {
+      Floats product = load(x + k) * inverse;
+#ifdef __x86_64__
+      asm("" : "+x"(product));  // rounded before the sum, as the reference does it: no fused multiply-add here
+#endif
+      const Ints value = (Ints)(product + magic) - 0x4B400000;
+      total += value;
+      std::memcpy(numbers + k, &value, sizeof(value));
+    }
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += total[i];
+    Number* to = values_.get() + place * BLOCK;
+    constexpr int order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+    for (int c = 0; c < BLOCK; c += 8)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) to[c + i] = static_cast<Number>(numbers[c + (sizeof(Number) == 1 ? order[i] : i)]);
+    scales_[place] = scale + wrong;
+    starts_[place] = factor * sum;
+  }
+  void copy(int64_t place, const RoundedBlocks& other, int64_t from) {
+    std::memcpy(&values_[place * BLOCK], &other.values_[from * BLOCK], BLOCK * sizeof(Number));
+    scales_[place] = other.scales_[from];
+    starts_[place] = other.starts_[from];
+  }
+  Numbers<Number> numbers() const { return {values_.get(), scales_.get(), starts_.get()}; }
+
+ private:
+  Buffer<Number> values_;
+  Buffer<float> scales_;
+  Buffer<int32_t> starts_;
+};
+
+// Returns `blocks` blocks of x as whole numbers, for products with weights of a format.
+template <class Number, class F>
+RoundedBlocks<Number> round_blocks(const float* x, int64_t blocks) {
+  RoundedBlocks<Number> out(blocks);
+  const int factor = sizeof(Number) > 1 ? 0 : multiplies_bytes() ? Vnni::factor<F::ZERO>() : Multiplied::factor<F::ZERO>();
+  parallel_for(0, blocks, 1 + GRAIN / BLOCK, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) out.round(b, x + b * BLOCK, factor);
+  });
+  return out;
+}
+
+// out[m][panel][row] of two panels for M rows of x, in float32.
+template <int M, class F>
+__attribute__((noinline)) void stream_panels(const F& w, const typename F::Panel* panels, const Activations& x, float* out) {
+  Floats total[M][V] = {};
+  for (int64_t b = 0; b < w.length / BLOCK; ++b) {
+    Floats acc[M][V] = {};
+    for (int c = 0; c < 4; ++c) {
+      typename F::Raw raw[V];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) raw[i] = w.load(panels[i / PV], b, c, i % PV);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        Floats value[V];
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) value[i] = F::value(raw[i], k);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const float factor = x.wide[(b * x.rows + m) * BLOCK + 8 * c + k];
+#pragma GCC unroll 4
+          for (int i = 0; i < V; ++i) acc[m][i] += value[i] * factor;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const Floats scale = w.scale(panels[i / PV], b, i % PV);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) total[m][i] += acc[m][i] * scale;
+    }
+  }
+  std::memcpy(out, total, sizeof(total));
+}
+
+// The same for rows of x in 8 bits.
+template <class Dot, int M, class F>
+__attribute__((noinline)) void stream_bytes(const F& w, const typename F::Panel* panels, const Activations& x, float* out) {
+  Floats total[M][V] = {};
+  for (int64_t b = 0; b < w.length / BLOCK; ++b) {
+    const Activations at = x.from(0, b);
+    Ints acc[M][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < M * V; ++i) acc[i / V][i % V] = splat_int(at.bytes.starts[i / V]);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      typename F::Raw raw[V];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) raw[i] = w.load(panels[i / PV], b, c, i % PV);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Bits value[V];
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) value[i] = F::bytes(raw[i], half);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const Ints four = four_at(at.bytes.values + m * BLOCK + 8 * c + 4 * half);
+#pragma GCC unroll 4
+          for (int i = 0; i < V; ++i) acc[m][i] = Dot::template add<F::ZERO>(acc[m][i], value[i], four);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const Floats scale = w.scale(panels[i / PV], b, i % PV) * F::UNIT;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) total[m][i] += __builtin_convertvector(acc[m][i], Floats) * (scale * at.bytes.scales[m]);
+    }
+  }
+  std::memcpy(out, total, sizeof(total));
+}
+
+// Blocks of two panels in float32, without their scales: values[k][panel][row].
+struct DecodedWide {
+  alignas(64) float values[CHUNK_BLOCKS * BLOCK * WIDTH];
+  alignas(64) Floats scales[CHUNK_BLOCKS][V];
+};
+
+// Decodes `count` blocks from block `first` on.
+template <class F>
+void decode_wide(const F& w, const typename F::Panel* panels, int64_t first, int64_t count, DecodedWide& to) {
+  for (int64_t b = 0; b < count; ++b)
+    for (int i = 0; i < V; ++i) {
+      to.scales[b][i] = w.scale(panels[i / PV], first + b, i % PV);
+      for (int c = 0; c < 4; ++c) {
+        const typename F::Raw raw = w.load(panels[i / PV], first + b, c, i % PV);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) store(to.values + ((b * BLOCK + 8 * c + k) * V + i) * LANES, F::value(raw, k));
+      }
+    }
+}
+
+// c[m] += x[m] . w for R rows of x, and `count` decoded blocks of them.
+template <int R>
+__attribute__((noinline)) void advance_wide(const DecodedWide& decoded, const Activations& rows, int64_t count, float* c) {
+  const float *w = decoded.values, *x = rows.wide;
+  for (int64_t b = 0; b < count; ++b, x += rows.rows * BLOCK) {
+    asm volatile("" ::: "memory");  // or GCC keeps c in memory of its own from block to block
+    Floats acc[R][V] = {};
+    for (int k = 0; k < BLOCK; ++k, w += WIDTH) {
+      Floats value[V];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) value[i] = load(w + i * LANES);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const float factor = x[r * BLOCK + k];
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) acc[r][i] += value[i] * factor;
+      }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < R * V; ++i) store(c + i * LANES, load(c + i * LANES) + acc[i / V][i % V] * decoded.scales[b][i % V]);
+  }
+}
+
+constexpr int WIDE_ROWS = LANES == 16 ? 12 : 3;  // rows of x in a register tile: their sums, the weights and a value fill the registers
+
+template <int R = WIDE_ROWS>
+void advance_wide_rows(int64_t some, const DecodedWide& w, const Activations& x, int64_t count, float* c) {
+  if constexpr (R > 1)
+    if (some < R) return advance_wide_rows<R - 1>(some, w, x, count, c);
+  advance_wide<R>(w, x, count, c);
+}
+
+// Blocks of two panels as bytes: values[block][four of eight][panel and part], and their scales.
+struct DecodedBytes {
+  alignas(64) Bits values[CHUNK_BLOCKS][8][V];
+  alignas(64) Floats scales[CHUNK_BLOCKS][V];
+};
+
+template <class F>
+void decode_bytes(const F& w, const typename F::Panel* panels, int64_t first, int64_t count, DecodedBytes& to) {
+  for (int64_t b = 0; b < count; ++b)
+    for (int i = 0; i < V; ++i) {
+      to.scales[b][i] = w.scale(panels[i / PV], first + b, i % PV) * F::UNIT;
+      for (int c = 0; c < 4; ++c) {
+        const typename F::Raw raw = w.load(panels[i / PV], first + b, c, i % PV);
+        to.values[b][2 * c][i] = F::bytes(raw, 0);
+        to.values[b][2 * c + 1][i] = F::bytes(raw, 1);
+      }
+    }
+}
+
+// `advance_wide` for rows of x in 8 bits.
+template <class Dot, int ZERO, int R>
+__attribute__((noinline)) void advance_bytes(const DecodedBytes& w, const Activations& rows, int64_t count, float* c) {
+  Numbers<int8_t> x = rows.bytes;
+  for (int64_t b = 0; b < count; ++b, x.values += rows.rows * BLOCK, x.scales += rows.rows, x.starts += rows.rows) {
+    asm volatile("" ::: "memory");
+    Ints acc[R][V];
+#pragma GCC unroll 32
+    for (int i = 0; i < R * V; ++i) acc[i / V][i % V] = splat_int(x.starts[i / V]);
+    for (int g = 0; g < 8; ++g) {
+      Bits value[V];
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) value[i] = w.values[b][g][i];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const Ints four = four_at(x.values + r * BLOCK + 4 * g);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) acc[r][i] = Dot::template add<ZERO>(acc[r][i], value[i], four);
+      }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < R * V; ++i)
+      store(c + i * LANES, load(c + i * LANES) + __builtin_convertvector(acc[i / V][i % V], Floats) * (w.scales[b][i % V] * x.scales[i / V]));
+  }
+}
+
+constexpr int BYTE_ROWS = LANES == 16 ? 12 : 2;
+
+template <class Dot, int ZERO, int R = BYTE_ROWS>
+void advance_byte_rows(int64_t some, const DecodedBytes& w, const Activations& x, int64_t count, float* c) {
+  if constexpr (R > 1)
+    if (some < R) return advance_byte_rows<Dot, ZERO, R - 1>(some, w, x, count, c);
+  advance_bytes<Dot, ZERO, R>(w, x, count, c);
+}
+
+constexpr int STREAMED_ROWS = LANES == 16 ? 4 : 2;  // rows of x that are multiplied as weights stream by
+
+// Buffers of one thread.
+struct PanelScratch {
+  union {
+    DecodedWide wide;
+    DecodedBytes bytes;
+  };
+  alignas(64) float out[TALLEST * WIDTH];  // [m][panel][row]
+  PanelScratch() {}
+};
+
+// scratch.out = x . two panels, for m <= TALLEST rows of x in 8 bits.
+template <class Dot, class F>
+void multiply_bytes(const F& w, const typename F::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
+  if (m <= STREAMED_ROWS) {
+    if constexpr (STREAMED_ROWS > 2) {
+      if (m == 3) return stream_bytes<Dot, 3>(w, panels, x, scratch.out);
+      if (m == 4) return stream_bytes<Dot, 4>(w, panels, x, scratch.out);
+    }
+    return m == 1 ? stream_bytes<Dot, 1>(w, panels, x, scratch.out) : stream_bytes<Dot, 2>(w, panels, x, scratch.out);
+  }
+  std::fill_n(scratch.out, m * WIDTH, 0.f);
+  for (int64_t b = 0; b < w.length / BLOCK; b += CHUNK_BLOCKS) {
+    const int64_t count = std::min<int64_t>(CHUNK_BLOCKS, w.length / BLOCK - b);
+    decode_bytes(w, panels, b, count, scratch.bytes);
+    for_tiles(m, BYTE_ROWS, [&](int64_t first, int64_t some) {
+      advance_byte_rows<Dot, F::ZERO>(some, scratch.bytes, x.from(first, b), count, scratch.out + first * WIDTH);
+    });
+  }
+}
+
+// The same for rows in float32.
+template <class F>
+void multiply_wide(const F& w, const typename F::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
+  if (m <= STREAMED_ROWS) {
+    if constexpr (STREAMED_ROWS > 2) {
+      if (m == 3) return stream_panels<3>(w, panels, x, scratch.out);
+      if (m == 4) return stream_panels<4>(w, panels, x, scratch.out);
+    }
+    return m == 1 ? stream_panels<1>(w, panels, x, scratch.out) : stream_panels<2>(w, panels, x, scratch.out);
+  }
+  std::fill_n(scratch.out, m * WIDTH, 0.f);
+  for (int64_t b = 0; b < w.length / BLOCK; b += CHUNK_BLOCKS) {
+    const int64_t count = std::min<int64_t>(CHUNK_BLOCKS, w.length / BLOCK - b);
+    decode_wide(w, panels, b, count, scratch.wide);
+    for_tiles(m, WIDE_ROWS, [&](int64_t first, int64_t some) {
+      advance_wide_rows(some, scratch.wide, x.from(first, b), count, scratch.out + first * WIDTH);
+    });
+  }
+}
+
+// What a format does better on some processors (moe_dispatch/packed.h); most have nothing. Returns whether scratch.out is made.
+template <class F>
+bool multiply_specially(const F&, const typename F::Panel*, const Activations&, int, PanelScratch&) {
+  return false;
+}
+
+// scratch.out = x . two panels from `panel` on of an expert, for m <= TALLEST rows of x.
+template <class F>
+void multiply_panels(const F& w, int64_t expert, int64_t panel, const Activations& x, int m, PanelScratch& scratch) {
+  typename F::Panel panels[PAIR];
+  for (int p = 0; p < PAIR; ++p) panels[p] = w.at(expert, std::min(panel + p, w.panels - 1));  // the last one twice where their number is odd
+  if (x.bytes)
+    multiplies_bytes() ? multiply_bytes<Vnni>(w, panels, x, m, scratch) : multiply_bytes<Multiplied>(w, panels, x, m, scratch);
+  else if (!multiply_specially(w, panels, x, m, scratch))
+    multiply_wide(w, panels, x, m, scratch);
+}
+
+// Calls out(group, first panel, results) for all products of groups of rows with the panels of their experts, two panels at a time. Whoever of
+// the threads is free takes the next part, so that none waits long for a slower one.
+template <class F, class Out>
+void for_each_panel_pair(const F& w, const Places& places, const Activations& x, Out&& out) {
+  const int64_t pairs = (w.panels + PAIR - 1) / PAIR, groups = places.groups.size(), rows = places.group.size();
+  if (!groups) return;
+  const int64_t parts = std::min(pairs, std::max<int64_t>(12, 48 / groups));  // of the panels: dozens in all, so that the last ones do not take long
+  const int64_t items = groups * parts, work = rows * w.panels * PANEL_ROWS * w.length;
+  std::atomic<int64_t> next{0};
+  parallel_for(0, std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()}), 1, [&](int64_t, int64_t) {
+    const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
+    for (int64_t item; (item = next.fetch_add(1)) < items;) {
+      const Group& group = places.groups[item / parts];
+      const int64_t part = item % parts;
+      const Activations own = x.at(group.first * places.blocks, group.count);
+      for (int64_t pair = pairs * part / parts; pair < pairs * (part + 1) / parts; ++pair) {
+        multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), *scratch);
+        out(group, pair * PAIR, scratch->out);
+      }
+    }
+  });
+}
+
+}  // namespace oxfuse
