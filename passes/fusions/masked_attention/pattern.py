@@ -7,6 +7,7 @@ chooses may tell several sequences in a row apart, so that their mask is one tha
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from oxfuse.passes.fusion import Emitter, Fusion, Match
@@ -43,7 +44,7 @@ def match(anchor: fx.Node, weights: WeightTable) -> Match:
     given = given or not same_size(shape_of(q)[2], shape_of(k)[2])
     require(given, "the mask follows from positions, and is neither causal nor a causal window", mask)
     require_kernel(q)
-    require(dtype_of(mask).is_floating_point or str(dtype_of(mask)) == "torch.bool", f"the mask is {dtype_of(mask)}", mask)
+    require(dtype_of(mask).is_floating_point or dtype_of(mask) == torch.bool, f"the mask is {dtype_of(mask)}", mask)
 
     def emit(to: Emitter) -> tuple[fx.Node, ...]:
         tokens_first = [to.call(A.transpose.int, x, 1, 2) for x in (q, k, v)]
