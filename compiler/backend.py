@@ -28,6 +28,7 @@ from oxfuse.compiler.explain import explanation_of
 from oxfuse.compiler.lowering.aoti import use_ops
 from oxfuse.errors import UserError
 from oxfuse.passes.fusions.build import OpsBuild, cached_ops, cpu_kernels, load_ops
+from oxfuse.passes.graph import mark_chosen
 from oxfuse.passes.manager import PassResult, run_passes
 from oxfuse.passes.weights import Weight, WeightTable
 
@@ -76,6 +77,7 @@ def trace(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Gra
     """Return Dynamo's graph as pre-dispatch ATen, the table of its weights, and the input that each weight came as.
 
     Parameters and buffers, which Dynamo makes inputs, are read as attributes, by their names in the module; the inputs stay.
+    Other inputs are marked as chosen by the caller, but for sizes of tensors.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     mode = torch._guards.TracingContext.get().fake_mode
@@ -94,6 +96,8 @@ def trace(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Gra
         new._dynamo_source = getattr(old, "_dynamo_source", None)
         name = _weight_name(old)
         if name is None:
+            if not re.search(r"\.size\(\)\[\d+\]$", _source_name(old)):
+                mark_chosen(new)
             continue
         while name in table:  # of another module in the same graph
             name += "_"

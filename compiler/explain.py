@@ -18,6 +18,7 @@ from torch.export import Dim, export
 
 from oxfuse.compiler.fuse import tied_table
 from oxfuse.errors import UserError
+from oxfuse.passes.graph import mark_chosen
 from oxfuse.passes.manager import PassResult, run_passes
 
 
@@ -71,11 +72,12 @@ def explain(module: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any
     """Export `module` for `inputs` and tell what the passes fuse in it and what not.
 
     inputs: token ids [B, S], int64, or what the module is called with, by position or by name, masks [B, 1, S, L] for instance;
-    S may be any length from 2 on, it stays dynamic. Positions are given to a module that takes them, and a cache is not asked
-    for: that is how `compile` exports. Works on any module, transformers' own included. Raises UserError where the module cannot
-    be exported, with torch's reason and, where one is known, the setting to change.
+    S may be any length from 2 on, it stays dynamic. A module that takes positions and is called without is given consecutive
+    ones, and a cache is not asked for: that is how `compile` exports. Of positions in `inputs` nothing is assumed, as where
+    a module stays in memory. Works on any module, transformers' own included. Raises UserError where the module cannot be
+    exported, with torch's reason and, where one is known, the setting to change.
     """
-    args, kwargs = _call(module, inputs)
+    args, kwargs, ours = _call(module, inputs)
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -83,6 +85,9 @@ def explain(module: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any
     finally:
         for part in training:
             part.training = True
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node.name not in ours:
+            mark_chosen(node)
     return explanation_of(type(module).__name__, run_passes(graph, tied_table(module, {}), policy="best_effort"))
 
 
@@ -96,17 +101,19 @@ def explanation_of(name: str, results: Sequence[PassResult]) -> Explanation:
     return Explanation(module=name, fused={layer: dict(made) for layer, made in fused.items()}, left=left)
 
 
-def _call(module: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call without a cache, with positions, as `compile` gives them."""
+def _call(
+    module: nn.Module, inputs: Tensor | Sequence[Any] | Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], set[str]]:
+    """Return the arguments of a call without a cache, with positions, as `compile` gives them; and the names of those added."""
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     args = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     known = inspect.signature(module.forward).parameters
-    ids = named.get("input_ids", args[0] if args else None)
+    ids, given = named.get("input_ids", args[0] if args else None), set(named)
     if "use_cache" in known:
         named.setdefault("use_cache", False)
     if "position_ids" in [*known][len(args) :] and isinstance(ids, Tensor):
         named.setdefault("position_ids", torch.arange(ids.shape[-1], device=ids.device).expand_as(ids).clone())
-    return args, named
+    return args, named, named.keys() - given
 
 
 @torch.no_grad()

@@ -148,6 +148,29 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
     return seen
 
 
+_CHOSEN = "oxfuse_chosen_by_the_caller"
+_OF_SIZES = (A.sym_size.int, A.sym_numel.default, A.empty_like.default, A.zeros_like.default, A.ones_like.default)
+
+
+def mark_chosen(node: fx.Node) -> None:
+    """Mark an input of the program whose values its caller chooses freely: nothing may be assumed of them.
+
+    Of inputs without the mark, passes assume that integers are consecutive positions, which a runtime of ours sees to.
+    """
+    node.meta[_CHOSEN] = True
+
+
+def is_chosen(node: fx.Node) -> bool:
+    """Tell whether the node is an input that `mark_chosen` marked."""
+    return node.op == "placeholder" and _CHOSEN in node.meta
+
+
+def values_behind(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs and weights whose values `node` is computed from; those of which it takes but sizes are left out."""
+    measured = [each for each in node.graph.nodes if is_op(each, *_OF_SIZES)]
+    return [each for each in in_order(node.graph, ancestors([node], measured)) if each.op in ("placeholder", "get_attr")]
+
+
 def in_order(graph: fx.Graph, nodes: set[fx.Node]) -> list[fx.Node]:
     """Return `nodes` in the graph's order."""
     return [node for node in graph.nodes if node in nodes]

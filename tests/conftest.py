@@ -1,14 +1,21 @@
-"""What the whole suite shares: compiled artifacts, each compiled once in a run, since AOTInductor takes 20 seconds and more."""
+"""What the whole suite shares: compiled artifacts, each compiled once in a run, since AOTInductor takes 20 seconds and more.
+
+The library of C++ ops is the same in all of them, and is built once as well.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 import oxfuse
+from oxfuse.compiler import programs
+from oxfuse.passes.fusions.build import CpuKernel, OpsBuild, cached_ops
 
 from .parity.cases import CASES, NEOX_CASES, Case
 
@@ -21,6 +28,25 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # children begin with the default, the suite itself goes on
+
+
+@pytest.fixture(scope="session")
+def ops_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where libraries of C++ ops lie, for `cached_ops`: one for each content, flags and ISA level included."""
+    return tmp_path_factory.mktemp("ops")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ops_are_built_once(ops_folder: Path) -> Iterator[None]:
+    """Let compiles in this process copy the library that the first of them built."""
+
+    def build(kernels: Iterable[CpuKernel], isa: str, out: Path, compiler: str = "g++") -> OpsBuild:
+        made = cached_ops(kernels, isa, ops_folder, compiler)
+        return dataclasses.replace(made, path=Path(shutil.copy(made.path, out)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "build_ops", build)
+        yield
 
 
 @pytest.fixture(scope="session")

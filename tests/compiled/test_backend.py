@@ -101,6 +101,55 @@ def test_a_ragged_batch_of_any_length(family: str) -> None:
     assert graphs() == 1 and fused() == fusions_of(model, "masked_attention", 1)
 
 
+@pytest.mark.parametrize("family", ["oss", "neox"])
+def test_positions_are_the_caller_s_choice(family: str) -> None:
+    """One graph serves all: where positions restart, transformers' mask of GPT-NeoX hides one sequence from the next."""
+    one = dict(num_hidden_layers=1)
+    model = transformers_gpt_oss(**one) if family == "oss" else transformers_gpt_neox("sdpa", **one)
+    compiled = torch.compile(model, backend="oxfuse")
+    choices = ([*range(25)], [*range(6, 31)], [*range(10), *range(15)], [*range(3), *range(2), *range(7, 27)])
+    with torch.no_grad():
+        for positions in choices:
+            given = dict(input_ids=IDS, position_ids=torch.tensor([positions]))
+            assert_close(compiled(**given).logits, model(**given).logits)
+    assert graphs() == 1 and fused() == fusions_of(model, "sink_attention" if family == "oss" else "masked_attention", 1)
+
+
+class Windowed(nn.Module):
+    """Attention over a window that the caller names."""
+
+    def forward(self, x: Tensor, window: int) -> Tensor:
+        j = torch.arange(x.shape[2])
+        i = j[:, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x, ((j <= i) & (j > i - window))[None, None], scale=0.5)
+
+
+def test_a_window_that_is_an_argument_is_not_guessed() -> None:
+    """A dynamic number is an input of the graph as the size of a batch is, and means something else."""
+    compiled, model = torch.compile(Windowed(), backend="oxfuse", dynamic=True), Windowed()
+    for length, window in ((12, 3), (9, 4), (9, 1)):
+        x = torch.randn(2, 4, length, 16)
+        with torch.no_grad():
+            assert_close(compiled(x, window), model(x, window))
+    assert fused() == {"masked_attention": graphs()}
+
+
+def test_a_causal_mask_for_each_sequence_of_a_batch() -> None:
+    """The size of a batch is an input of the graph that nobody chooses apart from the batch."""
+
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril().expand(x.shape[0], 1, -1, -1)
+            return nn.functional.scaled_dot_product_attention(x, x, x, mask, scale=0.5)
+
+    compiled = torch.compile(Causal(), backend="oxfuse", dynamic=True)
+    with torch.no_grad():
+        for batch, length in ((2, 12), (3, 9)):
+            x = torch.randn(batch, 4, length, 16)
+            assert_close(compiled(x), Causal()(x))
+    assert graphs() == 1 and fused() == {"sink_attention": 1}
+
+
 def test_our_reference_and_its_weights_as_they_are_now(tmp_path: Path) -> None:
     """The compiled graph holds no copy of a weight: what changes in the module counts from the next call on."""
     model = load_reference(random_gpt_oss(tmp_path / "checkpoint")).eval()

@@ -40,6 +40,14 @@ def test_a_mask_of_padding_is_handed_to_the_op() -> None:
     assert found.counts == {"masked_attention": 3, "rotary_embedding": 3} and not found.left
 
 
+def test_positions_of_the_caller_s_may_belong_to_several_sequences() -> None:
+    """GPT-NeoX's mask hides one sequence from the next where positions restart; GPT-OSS's reads no positions."""
+    given = {"input_ids": IDS, "position_ids": torch.arange(7)[None]}
+    found = oxfuse.explain(transformers_gpt_neox("sdpa"), given)
+    assert found.counts == {"masked_attention": 3, "rotary_embedding": 3} and not found.left
+    assert oxfuse.explain(transformers_gpt_oss(), given).counts["sink_attention"] == 3
+
+
 def test_a_mask_that_differs_between_heads_is_named() -> None:
     class Biased(nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
+from oxfuse.passes.fusions.build import OpsBuild, cached_ops, cpu_kernels, load_ops
 from oxfuse.passes.fusions.isa import resolve_isa
 
 _built: dict[str, OpsBuild] = {}
 
 
 @pytest.fixture(scope="session", params=["native", "x86-64-v3"])
-def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
+def ops(request: pytest.FixtureRequest) -> OpsBuild:
     level, needed = resolve_isa(request.param)
     if not set(needed) <= set(resolve_isa("native")[1]):
         pytest.skip(f"this CPU does not have {level}")
     if level not in _built:
-        _built[level] = build_ops(cpu_kernels(live=True), level, tmp_path_factory.mktemp("ops") / "ops.so")
+        _built[level] = cached_ops(cpu_kernels(live=True), level, Path(cache_dir()) / "oxfuse")  # as `torch.compile` does
         load_ops(_built[level])
     return _built[level]
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
+from oxfuse.passes.fusions.build import OpsBuild, cached_ops, cpu_kernels, load_ops
 
 
 @pytest.fixture(scope="session")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
-    """The C++ ops, built once."""
-    build = build_ops(cpu_kernels(), "native", tmp_path_factory.mktemp("ops") / "ops.so")
+def ops(ops_folder: Path) -> OpsBuild:
+    """The C++ ops of a compile."""
+    build = cached_ops(cpu_kernels(), "native", ops_folder)
     load_ops(build)
     return build

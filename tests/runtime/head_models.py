@@ -27,6 +27,8 @@ TASKS = {
     "feature-extraction": "embed",
 }
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+TEXT = "Ada  Löwe 👩‍👧 in 東京."
+_WIDTHS = {"text-classification": 5, "token-classification": 5, "question-answering": 2, "feature-extraction": 7}
 
 
 def byte_tokenizer(*, special: bool = True, nfc: bool = False, trim: bool = False) -> TextTokenizer:
@@ -94,3 +96,14 @@ def table_head(
         lambda inputs: table[inputs[0][inputs[6]]], cache, Limits(max_context=max_context, max_batch=4, max_step_tokens=24)
     )
     return open_head(engine, model, width, tokenizer)
+
+
+def opened(task: str, **options: Any) -> CompiledModel:
+    """The toy for a task, with a tokenizer of bytes unless `options` have another."""
+    labels = LABELS if "classification" in task else ()
+    model = spec(task, labels, pad=options.pop("pad", None))
+    return toy_head(model, _WIDTHS.get(task, 11), **{"tokenizer": byte_tokenizer(), **options})[0]
+
+
+def random_values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

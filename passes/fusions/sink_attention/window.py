@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from oxfuse.passes.graph import Refusal, ancestors, in_order, require, shape_of
+from oxfuse.passes.graph import Refusal, ancestors, in_order, is_chosen, require, shape_of, values_behind
 
 _LONGEST = 1 << 20
 
@@ -17,8 +17,12 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
 
     The mask's nodes run on one sequence longer than every constant in them, or of its length where that is fixed, and each entry
     is looked at. Inputs of the program are consecutive positions, and sizes follow from the length. Raises Refusal if the mask
-    reads a weight or anything else that is not a position, or is neither causal nor a causal window.
+    reads a weight, values that a caller chooses, or anything else that is not a position, or is neither causal nor a causal
+    window.
     """
+    read = values_behind(mask)
+    for node in read:
+        require(not is_chosen(node), f"the mask depends on the values of the input {node.name}, which a caller may choose", node)
     region = in_order(graph, ancestors([mask]))
     size = shape_of(mask)[-1]
     fixed = isinstance(size, int)
@@ -28,12 +32,15 @@ def window_of(graph: fx.Graph, mask: fx.Node) -> int:
         if node.op == "get_attr":
             raise Refusal(f"the mask reads the tensor {node.target}", node)
         if node.op == "placeholder":
-            if not isinstance(node.meta.get("val"), Tensor):
-                env[node] = _size_of(node, size, length)
-                continue
-            if node.meta["val"].dtype == torch.bool or node.meta["val"].dtype.is_floating_point:
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor):
+                env[node] = _size_of(node, value, size, length)
+            elif node not in read:
+                env[node] = torch.zeros((), dtype=value.dtype).expand([_size_of(node, n, size, length) for n in value.shape])
+            elif value.dtype == torch.bool or value.dtype.is_floating_point:
                 raise Refusal(f"the mask does not follow from positions alone: it reads the input {node.name}", node)
-            env[node] = torch.arange(length).expand([1] * (node.meta["val"].dim() - 1) + [length])
+            else:
+                env[node] = torch.arange(length).expand([1] * (value.dim() - 1) + [length])
         else:
             assert callable(node.target)
             args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda argument: _value(argument, env))
@@ -62,9 +69,8 @@ def _value(argument: Any, env: dict[fx.Node, Any]) -> Any:
     return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
-def _size_of(node: fx.Node, size: Any, length: int) -> int:
-    """Return what an input of the program that is a size counts where `size`, that of the mask, is `length`; batches count 1."""
-    value = node.meta.get("val")
+def _size_of(node: fx.Node, value: Any, size: Any, length: int) -> int:
+    """Return what `value`, a size that an input is or has, counts where `size`, the mask's, is `length`; batches count 1."""
     if isinstance(value, torch.SymInt):
         return length if isinstance(size, torch.SymInt) and value.node.expr == size.node.expr else 1
     if isinstance(value, int):
