@@ -4,8 +4,8 @@
 // cross lanes. A block of 32 values along the input is summed by itself, then scaled and added, so that a row's result is the same alone and
 // in a batch, and for any number of threads.
 //
-// A format says what its panels are: how many, of how many values (`panels`, `length`), and
-//   Panel at(expert, panel)                where a panel's blocks are
+// A format says what its panels are: how many, of how many values (`panels`, `length`), where one is (`Panel at(expert, panel)`), and to stream
+// them, or have them decoded here,
 //   Raw load(panel, block, c, part)        eight values (8 c .. 8 c + 7) of LANES rows, as they are stored
 //   static Floats value(raw, k)            the k-th of the eight, without its scale
 //   Floats scale(panel, block, part)       the scales of LANES rows
@@ -453,12 +453,13 @@ void multiply_bytes(const F& w, const typename F::Panel* panels, const Activatio
 // The same for rows in float32.
 template <class F>
 void multiply_wide(const F& w, const typename F::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
-  if (m <= STREAMED_ROWS) {
+  if constexpr (requires { typename F::Raw; }) {
     if constexpr (STREAMED_ROWS > 2) {
       if (m == 3) return stream_panels<3>(w, panels, x, scratch.out);
       if (m == 4) return stream_panels<4>(w, panels, x, scratch.out);
     }
-    return m == 1 ? stream_panels<1>(w, panels, x, scratch.out) : stream_panels<2>(w, panels, x, scratch.out);
+    if (m == 1) return stream_panels<1>(w, panels, x, scratch.out);
+    if (m == 2) return stream_panels<2>(w, panels, x, scratch.out);
   }
   std::fill_n(scratch.out, m * WIDTH, 0.f);
   for (int64_t b = 0; b < w.length / BLOCK; b += CHUNK_BLOCKS) {
@@ -481,10 +482,10 @@ template <class F>
 void multiply_panels(const F& w, int64_t expert, int64_t panel, const Activations& x, int m, PanelScratch& scratch) {
   typename F::Panel panels[PAIR];
   for (int p = 0; p < PAIR; ++p) panels[p] = w.at(expert, std::min(panel + p, w.panels - 1));  // the last one twice where their number is odd
-  if (x.bytes)
-    multiplies_bytes() ? multiply_bytes<Vnni>(w, panels, x, m, scratch) : multiply_bytes<Multiplied>(w, panels, x, m, scratch);
-  else if (!multiply_specially(w, panels, x, m, scratch))
-    multiply_wide(w, panels, x, m, scratch);
+  if constexpr (requires { F::ZERO; })
+    if (x.bytes)
+      return multiplies_bytes() ? multiply_bytes<Vnni>(w, panels, x, m, scratch) : multiply_bytes<Multiplied>(w, panels, x, m, scratch);
+  if (!multiply_specially(w, panels, x, m, scratch)) multiply_wide(w, panels, x, m, scratch);
 }
 
 // Calls out(group, first panel, results) for all products of groups of rows with the panels of their experts, two panels at a time. Whoever of
@@ -508,6 +509,33 @@ void for_each_panel_pair(const F& w, const Places& places, const Activations& x,
       }
     }
   });
+}
+
+// Returns rows [rows, length] of x in float32 at their places, with zeros up to whole blocks.
+template <class T>
+Buffer<float> widened(const T* x, int64_t rows, int64_t length, const Places& places) {
+  Buffer<float> wide = buffer<float>(rows * places.blocks * BLOCK);
+  parallel_for(0, rows, 1 + GRAIN / (length + 1), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t b = 0; b < places.blocks; ++b)
+        for (int k = 0; k < BLOCK; k += LANES) {
+          const int64_t at = b * BLOCK + k, left = length - at;
+          const T* from = x + row * length + at;
+          store(&wide[places.of(row, b) * BLOCK + k], left >= LANES ? load(from) : left > 0 ? load(from, left) : Floats{});
+        }
+  });
+  return wide;
+}
+
+// out[row][...] of `width` columns: the results of a pair of panels, and the bias.
+template <class T>
+void store_results(const float* results, const Group& group, int64_t panel, int64_t width, const std::optional<Values>& bias, T* out) {
+  const int64_t first = panel * PANEL_ROWS, some = std::min<int64_t>(WIDTH, width - first);
+  float added[WIDTH] = {};
+  if (bias)
+    for (int64_t r = 0; r < some; ++r) added[r] = (*bias)[first + r];
+  for (int64_t i = 0; i < group.count; ++i)
+    for (int64_t r = 0; r < some; ++r) out[(group.first + i) * width + first + r] = narrow<T>(results[i * WIDTH + r] + added[r]);
 }
 
 }  // namespace oxfuse

@@ -42,29 +42,12 @@ template <class T>
 static void multiply(const T* x, int64_t tokens, int64_t length, const Int8& w, int64_t rows, const std::optional<Values>& bias, bool rounded, T* out) {
   const int64_t blocks = w.length / BLOCK;
   const Places places({0, tokens}, blocks);
-  const Buffer<float> wide = buffer<float>(tokens * w.length);
-  parallel_for(0, tokens, 1 + GRAIN / (w.length + 1), [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t b = 0; b < blocks; ++b) {
-        float* to = &wide[places.of(t, b) * BLOCK];
-        const T* from = x + t * length + b * BLOCK;
-        for (int k = 0; k < BLOCK; k += LANES) {
-          const int64_t left = length - b * BLOCK - k;
-          store(to + k, left >= LANES ? load(from + k) : left > 0 ? load(from + k, left) : Floats{});
-        }
-      }
-  });
+  const Buffer<float> wide = widened(x, tokens, length, places);
   Activations from{wide.get()};
   std::optional<RoundedBlocks<int8_t>> bytes;
   if (rounded) from = {.bytes = bytes.emplace(round_blocks<int8_t, Int8>(wide.get(), tokens * blocks)).numbers()};
-  for_each_panel_pair(w, places, from, [&](const Group& group, int64_t panel, const float* results) {
-    const int64_t first = panel * PANEL_ROWS, some = std::min<int64_t>(WIDTH, rows - first);
-    float added[WIDTH] = {};
-    if (bias)
-      for (int64_t r = 0; r < some; ++r) added[r] = (*bias)[first + r];
-    for (int64_t i = 0; i < group.count; ++i)
-      for (int64_t r = 0; r < some; ++r) out[(group.first + i) * rows + first + r] = narrow<T>(results[i * WIDTH + r] + added[r]);
-  });
+  for_each_panel_pair(w, places, from,
+                      [&](const Group& group, int64_t panel, const float* results) { store_results(results, group, panel, rows, bias, out); });
 }
 
 static Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scales, const std::optional<Tensor>& bias, int64_t rows,
