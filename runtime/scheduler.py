@@ -19,7 +19,7 @@ from oxfuse.runtime.cache_size import blocks_for
 from oxfuse.runtime.device import Best
 from oxfuse.runtime.engine import Answer, Engine
 from oxfuse.runtime.errors import InternalError, UserError
-from oxfuse.runtime.sequence import Feed, Rows, TokenSequence
+from oxfuse.runtime.sequence import Feed, Rows, TokenSequence, first_wanted
 
 CLOSED = "The model is closed. Load it again with oxfuse.load."
 
@@ -38,6 +38,10 @@ class Job(ABC):
         self.sequence, self.rows, self.keep = sequence, rows, keep
         self.done = False
         self.error: BaseException | None = None
+        self.reused = 0
+        """Tokens that were in the caches when their turn came, so that they did not run."""
+        self.again = False
+        """Whether it has lost its blocks, so that tokens which have run once are pending."""
 
     @abstractmethod
     def receive(self, indices: Sequence[int], logits: Tensor) -> None:
@@ -186,6 +190,7 @@ class Scheduler:
         except BaseException:  # an interrupt in one caller's thread: the others' tokens become pending again
             for job in undelivered:
                 self.engine.release(job.sequence)
+                job.again = True
             raise
         self._sweep()
 
@@ -213,11 +218,18 @@ class Scheduler:
         """Choose the feeds of a step and secure their blocks: decodes first, then prefill chunks, each in order of arrival."""
         engine, plan = self.engine, dict[Job, Feed]()
         budget = engine.limits.max_step_tokens
+        coming = set[object]()  # blocks that this step fills
         for job in sorted(self.running, key=lambda job: job.sequence.pending > 1):
             if job not in self.running:
                 continue  # lost its blocks to an earlier one
             if not budget:
                 break
+            if job.sequence.pending > 1:
+                found = engine.adopt(job.sequence, first_wanted(job.sequence, job.rows))
+                job.reused += 0 if job.again else found
+            following = engine.prefixes.next_block(job.sequence)
+            if following in coming and first_wanted(job.sequence, job.rows) >= engine.prefixes.end(following):
+                continue  # the next step finds it
             count = min(job.sequence.pending, engine.chunk, budget)
             while count and not engine.secure(job.sequence, count):
                 victim = self.running[-1]
@@ -235,10 +247,13 @@ class Scheduler:
                 continue
             plan[job] = Feed(sequence=job.sequence, count=count, rows=job.rows, greedy=job.greedy)
             budget -= count
+            if following is not None and job.sequence.cached + count >= engine.prefixes.end(following):
+                coming.add(following)
         return plan
 
     def _preempt(self, job: Job) -> None:
         self.engine.release(job.sequence)
+        job.again = True
         self.running.remove(job)
         self.waiting.appendleft(job)
 

@@ -9,7 +9,7 @@ from oxfuse.runtime.speed import Speed, Stopwatch
 
 
 def job(prompt: int) -> Any:
-    return SimpleNamespace(sequence=SimpleNamespace(tokens=[0] * prompt, cached=0), new_tokens=0, done=False)
+    return SimpleNamespace(sequence=SimpleNamespace(tokens=[0] * prompt, cached=0), new_tokens=0, done=False, reused=0)
 
 
 class Clock:
