@@ -66,7 +66,7 @@ A line that ends with \\ goes on in the next one. Ctrl-C stops a reply."""
     "--prefix-cache-bytes",
     type=int,
     metavar="N",
-    help="Most bytes of earlier prompts' cache to keep for prompts that begin alike; 0 for none. Default: 512 MiB, on a GPU all.",
+    help="Most bytes of earlier prompts' cache to keep for prompts that begin alike; 0 for none. Default: 1 GiB, on a GPU all.",
 )
 @option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each turn, with token counts and seconds.")
 def chat(

@@ -70,7 +70,7 @@ LARGEST_PROMPT = 1 << 24
     "--prefix-cache-bytes",
     type=int,
     metavar="N",
-    help="Most bytes of earlier prompts' cache to keep for prompts that begin alike; 0 for none. Default: 512 MiB, on a GPU all.",
+    help="Most bytes of earlier prompts' cache to keep for prompts that begin alike; 0 for none. Default: 1 GiB, on a GPU all.",
 )
 @option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each prompt, with token counts and seconds.")
 @option("--logprobs", is_flag=True, help="With --json: each token's log-probability.")
