@@ -60,10 +60,10 @@ def load(
     machine with the manifest; "full" hashes the weights too. `cache_bytes` caps the KV cache; on a GPU its memory is claimed at
     once, by default for `max_batch` sequences of `max_context` tokens, or what is left beside the weights.
     `prefix_cache_bytes` bounds the part of it that stays when no sequence holds it: keys and values of tokens that have run, for
-    sequences that begin with the same ones and then need not run them. By default 1 GiB, on a GPU all of the cache; 0 runs
-    every sequence from its first token. An ONNX model keeps none. On a CPU weights are mapped, not read; to a GPU they are copied, and `progress` gets the part of them that is read, 0 to 1. Of an ONNX
-    model onnxruntime keeps copies of dense weights that it multiplies faster, unless `prepack` is False. Raises UserError naming
-    what does not fit and the remedy.
+    sequences that begin with the same ones and then need not run them. By default 1 GiB, on a GPU all of the cache; 0 runs every
+    sequence from its first token. An ONNX model keeps none. On a CPU weights are mapped, not read; to a GPU they are copied, and
+    `progress` gets the part of them that is read, 0 to 1. Of an ONNX model onnxruntime keeps copies of dense weights that it
+    multiplies faster, unless `prepack` is False. Raises UserError naming what does not fit and the remedy.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
         raise UserError(f"threads is {threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for torch's own setting.")

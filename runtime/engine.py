@@ -52,7 +52,8 @@ class Engine:
         `chunk` tokens of one sequence at most go into a step; `reserve` tokens beyond the window stay in a sliding group
         (default: one chunk), so that a rewind of that many needs no recomputation. Blocks of up to `prefix_cache_bytes` bytes
         stay when no sequence holds them, for those that begin with the same tokens (None: `prefix_bound`'s default); 0: none
-        do, and running sequences share none either. `threads` holds during steps only. Raises UserError where `cache_bytes` is too small.
+        do, and running sequences share none either. `threads` holds during steps only. Raises UserError where `cache_bytes` is
+        too small.
         """
         self.step, self.cache, self.limits, self.threads = step, cache, limits, threads
         self.device = HostDevice() if device is None else device
