@@ -72,13 +72,14 @@ def test_greedy_tokens_and_logits_are_those_of_python(loaded, name, options):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @pytest.mark.parametrize("name", ["base", pytest.param("neox", marks=pytest.mark.slow)])
-def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, name, seed):
-    """Random calls on several sessions, in chunks, in a cache too small for all of them.
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, name, seed, batch):
+    """Random calls on several sessions, in chunks, in a cache too small for all of them, or not.
 
     Logits are equal to the last bit, and so are refusals, blocks, steps, and the tokens that were found in the cache.
     """
     case, _, artifact = compiled(name)
-    artifact = in_chunks(artifact, tmp_path / "chunked", tokens=32, max_context=400, max_batch=1)
+    artifact = in_chunks(artifact, tmp_path / "chunked", tokens=32, max_context=400, max_batch=batch)
     model = oxfuse.load(artifact)
     driver.call("load", "m", artifact)
     chance = random.Random(seed)
@@ -113,16 +114,16 @@ def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, nam
                 return driver.logits(what, session, ids_text(ids if what == "prefill" else ids[:1]))
         return None
 
-    texts = [random_ids(case, 350, seed=text).tolist() for text in range(2)]
-    for step in range(90):
+    text = random_ids(case, 400).tolist()
+    for step in range(70):
         what = chance.choices(["prefill", "decode", "rewind", "fork", "open", "close"], [6, 6, 5, 1, 1, 0.5])[0]
         session = chance.choice([*ours]) if ours else ""
         if what == "open" or not ours:
             session, what = f"s{step}", "open"
         ids = [chance.randrange(case.vocabulary) for _ in range(chance.choice([2, 10, 40, 90, 200]))]
         length = ours[session].length if session in ours else 0
-        if chance.random() < 0.6:  # goes on as others have gone on, if it has begun so
-            ids = chance.choice(texts)[length : length + len(ids)] or ids
+        if chance.random() < 0.9:  # goes on as others have gone on, if it has begun so
+            ids = text[length : length + len(ids)] or ids
         to = chance.randint(0, length)
         results: list[torch.Tensor | str | None] = []
         for call, refusal in ((in_python, UserError), (in_cpp, CallError)):
@@ -146,8 +147,8 @@ def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, nam
         found = [int(info[name]) for name in ("used_blocks", "steps", "reused_tokens")]
         assert found == [engine.used_blocks, engine.steps, engine.reused_tokens], f"step {step}, {what}"
         seen[what] = seen.get(what, 0) + 1
-    assert seen.keys() >= {"prefill", "decode", "rewind", "fork", "open"} and (seed or "out of cache" in seen), seen
-    assert model.reused_tokens > 200, "little was found, so little was compared"
+    assert seen.keys() >= {"prefill", "decode", "rewind", "fork", "open"} and (seed or batch > 1 or "out of cache" in seen), seen
+    assert model.reused_tokens > 50, "little was found, so little was compared"
 
 
 def test_a_rewind_runs_again_what_the_window_forgot_and_nothing_else(compiled, driver, tmp_path):
