@@ -206,6 +206,16 @@ def test_a_batch_that_begins_alike_runs_it_once(open_model: Open, toy: ToyModel)
     assert [generation.reused_tokens for generation in same] == [0, 32, 32] and same[0] == same[1] == same[2]
 
 
+def test_what_a_fork_goes_on_with_is_found(open_model: Open, toy: ToyModel) -> None:
+    model, text = open_model(), tokens(41)
+    with model.session() as session:
+        session.prefill(text[:30])
+        with session.fork() as twin:
+            close(twin.prefill(text[30:]), toy.dense(text)[-1])
+        (found,) = model.generate([*text, 5], max_new_tokens=2)
+    assert found.reused_tokens == 40 and found.token_ids == toy.greedy([*text, 5], 2)
+
+
 def test_equal_blocks_are_held_once(open_model: Open, toy: ToyModel) -> None:
     """Two sequences of one text, of which neither could wait for the other, come to share their blocks."""
     model, text = open_model(), tokens(24)
@@ -338,7 +348,10 @@ def test_none_is_kept_without_it(model: CompiledModel, open_model: Open, toy: To
     for _ in range(2):
         assert off.generate(tokens(50), max_new_tokens=3)[0].reused_tokens == 0
     assert off.reused_tokens == 0 and not any(pool.kept or pool._remembered for pool in off.scheduler.engine.pools)
-    assert not nodes(off)
+    with off.session() as session, off.session() as other:
+        session.prefill(tokens(30))
+        assert not nodes(off) and close(other.prefill(tokens(30)), toy.dense(tokens(30))[-1]) is None
+        assert not {*session._sequence.tables[1]} & {*other._sequence.tables[1]}, "they share blocks"
 
 
 def test_sessions_and_cancelled_streams_return_what_they_hold(open_model: Open, toy: ToyModel) -> None:
