@@ -228,8 +228,9 @@ class Scheduler:
                 found = engine.adopt(job.sequence, first_wanted(job.sequence, job.rows))
                 job.reused += 0 if job.again else found
             following = engine.prefixes.next_block(job.sequence)
-            if following in coming and first_wanted(job.sequence, job.rows) >= engine.prefixes.end(following):
-                continue  # the next step finds it
+            if following is not None and following in coming:
+                if first_wanted(job.sequence, job.rows) >= engine.prefixes.end(following):
+                    continue  # the next step finds it
             count = min(job.sequence.pending, engine.chunk, budget)
             while count and not engine.secure(job.sequence, count):
                 victim = self.running[-1]

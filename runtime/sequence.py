@@ -19,7 +19,7 @@ class Prefix:
     def __init__(self, parent: Prefix | None, content: bytes, groups: int) -> None:
         """Make a node without blocks. The caller enters it with its parent, under `content`."""
         self.parent, self.content = parent, content
-        self.depth = 0 if parent is None else parent.depth + 1
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.children: dict[bytes, Prefix] = {}
         self.blocks = [0] * groups
         """Of each group the block, 0 where there is none any more."""
