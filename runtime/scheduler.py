@@ -2,7 +2,7 @@
 
 Callers submit jobs and then drive: whoever holds the lock runs one step for everybody, so a stream, a session and a batch in
 three threads share their steps. Jobs beyond `max_batch` queue. When blocks run out, the youngest running job gives its own back
-and recomputes later from its tokens; only a job that is alone and still does not fit fails.
+and recomputes later from its tokens, as far as the caches have not kept them; only a job that is alone and still does not fit fails.
 """
 
 from __future__ import annotations
@@ -228,9 +228,9 @@ class Scheduler:
                 found = engine.adopt(job.sequence, first_wanted(job.sequence, job.rows))
                 job.reused += 0 if job.again else found
             following = engine.prefixes.next_block(job.sequence)
-            if following is not None and following in coming:
-                if first_wanted(job.sequence, job.rows) >= engine.prefixes.end(following):
-                    continue  # the next step finds it
+            end = 0 if following is None else engine.prefixes.end(following)
+            if following in coming and first_wanted(job.sequence, job.rows) >= end:
+                continue  # the next step finds it
             count = min(job.sequence.pending, engine.chunk, budget)
             while count and not engine.secure(job.sequence, count):
                 victim = self.running[-1]
@@ -248,7 +248,7 @@ class Scheduler:
                 continue
             plan[job] = Feed(sequence=job.sequence, count=count, rows=job.rows, greedy=job.greedy)
             budget -= count
-            if following is not None and job.sequence.cached + count >= engine.prefixes.end(following):
+            if following is not None and job.sequence.cached + count >= end:
                 coming.add(following)
         return plan
 
