@@ -2,7 +2,8 @@
 
 Callers submit jobs and then drive: whoever holds the lock runs one step for everybody, so a stream, a session and a batch in
 three threads share their steps. Jobs beyond `max_batch` queue. When blocks run out, the youngest running job gives its own back
-and recomputes later from its tokens, as far as the caches have not kept them; only a job that is alone and still does not fit fails.
+and recomputes later from its tokens what the caches have not kept; only a job that is alone and still does not fit fails. A
+prompt that begins as another one in the same step waits for its blocks instead of computing them as well.
 """
 
 from __future__ import annotations
