@@ -48,6 +48,7 @@ def load(
     threads: int | None = None,
     check: Literal["quick", "full"] = "quick",
     cache_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
     prepack: bool = True,
     progress: Callable[[float], object] | None = None,
 ) -> CompiledModel:
@@ -57,10 +58,12 @@ def load(
     else the first that does, and "cuda:1" names one. `threads` is how many threads an operator may use while a step runs; None
     leaves torch's setting. `check` "quick" compares sizes, safetensors headers, the hashes of programs and tokenizer, and this
     machine with the manifest; "full" hashes the weights too. `cache_bytes` caps the KV cache; on a GPU its memory is claimed at
-    once, by default for `max_batch` sequences of `max_context` tokens, or what is left beside the weights. On a CPU weights are
-    mapped, not read; to a GPU they are copied, and `progress` gets the part of them that is read, 0 to 1. Of an ONNX
-    model onnxruntime keeps copies of dense weights that it multiplies faster, unless `prepack` is False. Raises UserError naming
-    what does not fit and the remedy.
+    once, by default for `max_batch` sequences of `max_context` tokens, or what is left beside the weights.
+    `prefix_cache_bytes` bounds the part of it that stays when no sequence holds it: keys and values of tokens that have run, for
+    sequences that begin with the same ones and then need not run them. By default 1 GiB, on a GPU all of the cache; 0 runs every
+    sequence from its first token. An ONNX model keeps none. On a CPU weights are mapped, not read; to a GPU they are copied, and
+    `progress` gets the part of them that is read, 0 to 1. Of an ONNX model onnxruntime keeps copies of dense weights that it
+    multiplies faster, unless `prepack` is False. Raises UserError naming what does not fit and the remedy.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
         raise UserError(f"threads is {threads!r}: give a whole number from 1 to {MOST_THREADS}, or None for torch's own setting.")
@@ -68,6 +71,8 @@ def load(
         raise UserError(f"check is {check!r}: give 'quick' or 'full'.")
     if cache_bytes is not None and (type(cache_bytes) is not int or cache_bytes < 1):
         raise UserError(f"cache_bytes is {cache_bytes!r}: give a number of bytes, or None.")
+    if prefix_cache_bytes is not None and (type(prefix_cache_bytes) is not int or prefix_cache_bytes < 0):
+        raise UserError(f"prefix_cache_bytes is {prefix_cache_bytes!r}: give a number of bytes, 0 for none, or None.")
     folder = Path(path)
     manifest = read_manifest(folder)
     kind = check_targets(manifest, None if device is None else str(device))
@@ -91,9 +96,18 @@ def load(
     if kind == "onnx":
         engine = _onnx_engine(folder, manifest, programs["step"], width, threads, cache_bytes, prepack, device)
     elif gpus is None:
-        engine = _host_engine(folder, manifest, programs["step"], threads, cache_bytes)
+        engine = _host_engine(folder, manifest, programs["step"], threads, cache_bytes, prefix_cache_bytes)
     else:
-        engine = device_engine(folder, manifest, programs, Cuda(gpu), threads=threads, cache_bytes=cache_bytes, progress=progress)
+        engine = device_engine(
+            folder,
+            manifest,
+            programs,
+            Cuda(gpu),
+            threads=threads,
+            cache_bytes=cache_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+            progress=progress,
+        )
     return CompiledModel(
         engine,
         vocab_size=manifest.model.vocab_size,
@@ -105,14 +119,28 @@ def load(
     )
 
 
-def _host_engine(folder: Path, manifest: Manifest, program: ProgramSpec, threads: int | None, cache_bytes: int | None) -> Engine:
+def _host_engine(
+    folder: Path,
+    manifest: Manifest,
+    program: ProgramSpec,
+    threads: int | None,
+    cache_bytes: int | None,
+    prefix_cache_bytes: int | None,
+) -> Engine:
     if manifest.ops_library:
         load_ops_library(folder, manifest.ops_library)
     weights: dict[str, Tensor] = {}
     for file in manifest.weights:
         weights |= map_tensors(folder / file.path)
     step = Program(folder, program, weights)
-    return Engine(step, manifest.cache, manifest.limits, cache_bytes=cache_bytes, threads=threads)
+    return Engine(
+        step,
+        manifest.cache,
+        manifest.limits,
+        cache_bytes=cache_bytes,
+        prefix_cache_bytes=prefix_cache_bytes,
+        threads=threads,
+    )
 
 
 def _onnx_engine(

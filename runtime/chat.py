@@ -62,6 +62,12 @@ A line that ends with \\ goes on in the next one. Ctrl-C stops a reply."""
 @option("--repetition-penalty", default=1.0, section="Sampling", help="Above 1 makes repetition less likely.")
 @option("--seed", type=int, section="Sampling", help="Seed of the random numbers; by default a new one each time.")
 @option("--threads", type=int, help="Threads to compute with; by default the processor's cores, or a container's share of them.")
+@option(
+    "--prefix-cache-bytes",
+    type=int,
+    metavar="N",
+    help="Most bytes of earlier prompts' cache to keep for prompts that begin alike; 0 for none. Default: 1 GiB, on a GPU all.",
+)
 @option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each turn, with token counts and seconds.")
 def chat(
     folder: Path,
@@ -70,6 +76,7 @@ def chat(
     hide_thinking: bool,
     max_new_tokens: int | None,
     threads: int | None,
+    prefix_cache_bytes: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -85,7 +92,12 @@ def chat(
         line("load", None)
         from oxfuse.runtime.artifact import load
 
-        model = load(folder, threads=usable_threads(threads), progress=partial(line, "load"))
+        model = load(
+            folder,
+            threads=usable_threads(threads),
+            prefix_cache_bytes=prefix_cache_bytes,
+            progress=partial(line, "load"),
+        )
     talk = Chat(model, system=system, reasoning=reasoning, max_new_tokens=max_new_tokens, **options)
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
@@ -183,7 +195,7 @@ class Chat:
         prompt = token_list(self._tokenizer.chat(messages, **self._variables), self._model.vocab_size)
         began = time.perf_counter()
         stream = self._conversation.stream(prompt, self._options)
-        reused, first = self._conversation.reused, None
+        first: float | None = None
         with _interruptible(stream) if stoppable else _uninterrupted() as interrupted:
             for chunk in stream:
                 first = time.perf_counter() if first is None else first
@@ -195,7 +207,7 @@ class Chat:
             prompt=said,
             generation=generation,
             stopped=bool(interrupted),
-            reused=reused,
+            reused=generation.reused_tokens,
             prompt_seconds=(first or now) - began,
             decode_seconds=now - (first or now),
         )
@@ -272,7 +284,8 @@ def _report(turn: Turn, max_context: int) -> None:
         remarks.append(full if prompt + new >= max_context else f"cut off after {new} tokens, see -n")
     if sys.stderr.isatty():
         speed = Speed(
-            prompt_tokens=prompt - turn.reused,
+            prompt_tokens=prompt,
+            reused_tokens=turn.reused,
             prompt_seconds=turn.prompt_seconds,
             new_tokens=new,
             decode_tokens=max(0, new - 1),

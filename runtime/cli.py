@@ -66,6 +66,12 @@ LARGEST_PROMPT = 1 << 24
 @option("--repetition-penalty", default=1.0, section="Sampling", help="Above 1 makes repetition less likely.")
 @option("--seed", type=int, section="Sampling", help="Seed of the random numbers; by default a new one each time.")
 @option("--threads", type=int, help="Threads to compute with; by default the processor's cores, or a container's share of them.")
+@option(
+    "--prefix-cache-bytes",
+    type=int,
+    metavar="N",
+    help="Most bytes of earlier prompts' cache to keep for prompts that begin alike; 0 for none. Default: 1 GiB, on a GPU all.",
+)
 @option("--json", "as_json", is_flag=True, help="Print one JSON object a line for each prompt, with token counts and seconds.")
 @option("--logprobs", is_flag=True, help="With --json: each token's log-probability.")
 @option("-q", "--quiet", is_flag=True, help="Show neither progress nor speed.")
@@ -80,6 +86,7 @@ def generate(
     stop_token: tuple[int, ...],
     ignore_eos: bool,
     threads: int | None,
+    prefix_cache_bytes: int | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -98,7 +105,12 @@ def generate(
         line("load", None)
         from oxfuse.runtime.artifact import load
 
-        model = load(folder, threads=usable_threads(threads), progress=partial(line, "load"))
+        model = load(
+            folder,
+            threads=usable_threads(threads),
+            prefix_cache_bytes=prefix_cache_bytes,
+            progress=partial(line, "load"),
+        )
         ends = [*(() if ignore_eos else model.manifest.generation.eos_token_ids), *stop_token]
         requests = [_messages(prompt, system) for prompt in prompts] if chat or system is not None else prompts
         stops = ends if ignore_eos or stop_token else None  # None: also those of the chat format

@@ -26,8 +26,11 @@ class Conversation:
         self._last: TokenSequence | None = None
         self._prompt: TokenSequence | None = None
         self._stream: Stream | None = None
-        self.reused = 0
-        """Tokens of the latest prompt that were in the cache."""
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the latest prompt that were in the cache, as far as it has been read."""
+        return 0 if self._stream is None else self._stream.job.reused
 
     def stream(self, prompt: list[int], options: GenerationOptions) -> Stream:
         """Return the reply to the whole chat so far, checked token ids; an earlier stream ends.
@@ -43,7 +46,7 @@ class Conversation:
             self._stream.close()
         with self._scheduler.lock:
             sequence, self._prompt = self._resume(prompt), None
-        self._last, self.reused = sequence, sequence.cached
+        self._last = sequence
         end = min(limit, len(prompt) + options.max_new_tokens)
 
         def keep_prompt() -> None:  # under the scheduler's lock

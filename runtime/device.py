@@ -46,6 +46,9 @@ class Device(ABC):
     most_rows: int | None = None
     """Most rows whose logits a step may be asked for, None for any number."""
 
+    claims = True
+    """Whether the memory of the caches is taken when they are allocated, and not as they are written."""
+
     @abstractmethod
     def allocate(self, spec: CacheSpec, size: CacheSize) -> list[Tensor]:
         """Return the caches in the order of the program's inputs. Raises UserError where there is no memory for them."""
@@ -66,12 +69,14 @@ class Device(ABC):
         """Copy block `source` of each cache, whose first `tokens` are in use, to its block `target`, before any later step."""
 
     @abstractmethod
-    def discard(self, caches: Sequence[Tensor]) -> None:
-        """Forget what the caches hold; where memory is committed as it is used, give it back."""
+    def discard(self, caches: Sequence[Tensor], blocks: range | None = None) -> None:
+        """Forget what the caches hold, in `blocks` or in all; where memory is committed as it is used, give it back."""
 
 
 class HostDevice(Device):
     """The CPU: caches are virtual memory that is committed as it is written, and inputs are made anew for each step."""
+
+    claims = False
 
     def allocate(self, spec: CacheSpec, size: CacheSize) -> list[Tensor]:
         """Reserve the caches."""
@@ -88,10 +93,10 @@ class HostDevice(Device):
         for cache in caches:
             cache[target].copy_(cache[source])
 
-    def discard(self, caches: Sequence[Tensor]) -> None:
+    def discard(self, caches: Sequence[Tensor], blocks: range | None = None) -> None:
         """Give the pages back to the system."""
         for cache in caches:
-            discard(cache)
+            discard(cache, blocks)
 
 
 def checked_logits(logits: Tensor, rows: int) -> Tensor:

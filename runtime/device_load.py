@@ -23,6 +23,7 @@ def device_engine(
     *,
     threads: int | None = None,
     cache_bytes: int | None = None,
+    prefix_cache_bytes: int | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Engine:
     """Return an engine on `accelerator` that runs `programs`: "step", and "decode" where there is one.
@@ -61,6 +62,16 @@ def device_engine(
         most=min(limits.max_batch, decode.dims["N"].max) if decode else 0,
         table=blocks_for(limits.max_context, cache.block_size),
     )
-    engine = Engine(loaded["step"], cache, limits, chunk=chunk, reserve=chunk, cache_bytes=budget, threads=threads, device=device)
+    engine = Engine(
+        loaded["step"],
+        cache,
+        limits,
+        chunk=chunk,
+        reserve=chunk,
+        cache_bytes=budget,
+        prefix_cache_bytes=prefix_cache_bytes,
+        threads=threads,
+        device=device,
+    )
     device.prepare(engine.step, engine.caches, limits)
     return engine

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from oxfuse.runtime.blocks import BlockPool
-from oxfuse.runtime.cache_size import block_bytes, blocks_for, prefill_chunk, size_cache
+from oxfuse.runtime.cache_size import block_bytes, blocks_for, prefill_chunk, prefix_bound, size_cache
 from oxfuse.runtime.device import Best, Device, HostDevice, Step
 from oxfuse.runtime.errors import InternalError
 from oxfuse.runtime.manifest import CacheSpec, Limits
+from oxfuse.runtime.prefix import PrefixCache
 from oxfuse.runtime.sequence import Feed, TokenSequence, split_feeds
 
 KEPT_BYTES = 8 << 20
@@ -42,14 +43,17 @@ class Engine:
         chunk: int | None = None,
         reserve: int | None = None,
         cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = 0,
         threads: int | None = None,
         device: Device | None = None,
     ) -> None:
         """Allocate the caches, on the CPU by default.
 
         `chunk` tokens of one sequence at most go into a step; `reserve` tokens beyond the window stay in a sliding group
-        (default: one chunk), so that a rewind of that many needs no recomputation. `threads` holds during steps only. Raises
-        UserError where `cache_bytes` is too small.
+        (default: one chunk), so that a rewind of that many needs no recomputation. Blocks of up to `prefix_cache_bytes` bytes
+        stay when no sequence holds them, for those that begin with the same tokens (None: `prefix_bound`'s default); 0: none
+        do, and running sequences share none either. `threads` holds during steps only. Raises UserError where `cache_bytes` is
+        too small.
         """
         self.step, self.cache, self.limits, self.threads = step, cache, limits, threads
         self.device = HostDevice() if device is None else device
@@ -57,9 +61,19 @@ class Engine:
         self.reserve = self.chunk if reserve is None else reserve
         self.size = size_cache(cache, limits, chunk=self.chunk, reserve=self.reserve, cache_bytes=cache_bytes)
         self.pools = [BlockPool(count) for count in self.size.blocks]
+        self.block_bytes = [block_bytes(cache, group) for group in cache.groups]
+        self.prefixes = PrefixCache(
+            self.pools,
+            windows=[group.window for group in cache.groups],
+            block_bytes=self.block_bytes,
+            block_size=cache.block_size,
+            bound=prefix_bound(self.size, self.device.claims, prefix_cache_bytes),
+        )
         self.caches = self.device.allocate(cache, self.size)
         self.device.check(self.caches, cache, self.size)
         self.steps = 0
+        self.reused_tokens = 0
+        """Tokens that did not run since their keys and values were found in the pool, since the engine was made."""
 
     def close(self) -> None:
         """Let the program, its weights and the caches go. Sequences may still be released; nothing can be run."""
@@ -81,24 +95,44 @@ class Engine:
         twin.tables, twin.live = [table[:] for table in source.tables], [*source.live]
         for pool, table in zip(self.pools, twin.tables, strict=True):
             pool.share(table)
+        self.prefixes.fork(source, twin)
         return twin
+
+    def adopt(self, sequence: TokenSequence, most: int) -> int:
+        """Let the caches give as much of the sequence's pending tokens as they know, among its first `most`. Return how many."""
+        found = self.prefixes.adopt(sequence, most)
+        self.reused_tokens += found
+        return found
 
     def release(self, sequence: TokenSequence) -> None:
         """Give all blocks back. The tokens stay and are pending again."""
-        sequence.stamp = object()
-        for pool, table in zip(self.pools, sequence.tables, strict=True):
-            pool.drop(table)
-            del table[:]
-        sequence.live, sequence.cached = [0] * len(self.pools), 0
+        self._cut(sequence, 0)
         if not self.used_blocks:
             self._shrink()
 
+    def _cut(self, sequence: TokenSequence, length: int) -> None:
+        """Let go of what the caches hold beyond `length` tokens, the last blocks first, so that others are found without them."""
+        keep, former = blocks_for(length, self.cache.block_size), sequence.tables
+        tables, live, stamp = [table[:keep] for table in former], [min(first, keep) for first in sequence.live], object()
+        # In one go: an interrupt comes before or after, and never finds a length of one state and tables of another.
+        sequence.tables, sequence.live, sequence.cached, sequence.stamp = tables, live, length, stamp
+        for index in reversed(range(keep, max(map(len, former)))):
+            for pool, table in zip(self.pools, former, strict=True):
+                pool.drop(table[index : index + 1])
+        self.prefixes.cut(sequence, length)
+        self.prefixes.settle()
+
     def _shrink(self) -> None:
-        """Give the caches' memory back to the system, now that nobody uses them, if it is worth the trouble."""
-        groups = zip(self.pools, self.cache.groups, strict=True)
-        if sum(pool.touched * block_bytes(self.cache, group) for pool, group in groups) > KEPT_BYTES:
-            self.device.discard(self.caches)
-            for pool in self.pools:
+        """Give memory that holds nothing of use back to the system, now that no sequence runs, if it is worth the trouble."""
+        if sum(pool.returned * size for pool, size in zip(self.pools, self.block_bytes, strict=True)) <= KEPT_BYTES:
+            return
+        for pool, spec in zip(self.pools, self.cache.groups, strict=True):
+            caches = [cache for layer in spec.layers for cache in self.caches[2 * layer : 2 * layer + 2]]
+            if pool.kept:
+                for run in pool.blank():
+                    self.device.discard(caches, run)
+            else:
+                self.device.discard(caches)
                 pool.reset()
 
     def remembers(self, sequence: TokenSequence, length: int) -> bool:
@@ -121,11 +155,7 @@ class Engine:
             return
         if not self.remembers(sequence, length):
             return self.release(sequence)
-        sequence.cached, sequence.stamp = length, object()
-        keep = blocks_for(length, self.cache.block_size)
-        for pool, table in zip(self.pools, sequence.tables, strict=True):
-            pool.drop(table[keep:])
-            del table[keep:]
+        self._cut(sequence, length)
         return None
 
     def secure(self, sequence: TokenSequence, count: int) -> bool:
@@ -133,15 +163,24 @@ class Engine:
         size, end = self.cache.block_size, blocks_for(sequence.cached + count, self.cache.block_size)
         written = sequence.cached // size
         partial = sequence.cached % size
-        copies = [bool(partial and pool.shared(table[written])) for pool, table in zip(self.pools, sequence.tables, strict=True)]
-        needs = [max(0, end - len(table)) + copy for table, copy in zip(sequence.tables, copies, strict=True)]
+        copies = [
+            bool(partial) and (pool.shared(table[written]) or pool.remembers(table[written]))
+            for pool, table in zip(self.pools, sequence.tables, strict=True)
+        ]
+        if any(copies) and self._short(self._needs(sequence, end, copies)):
+            for group, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
+                if copies[group] and not pool.shared(table[written]):  # kept for others alone: there is no room for that
+                    pool.forget(table[written])
+                    copies[group] = False
+        needs = self._needs(sequence, end, copies)
         if not any(needs):
             return True
-        if any(need > pool.free for need, pool in zip(needs, self.pools, strict=True)):
+        if self._short(needs):
             return False
+        spare = self.prefixes.crowded(needs)
         sequence.stamp = object()
         for group, (pool, table, need, copy) in enumerate(zip(self.pools, sequence.tables, needs, copies, strict=True)):
-            taken = pool.take(need)
+            taken = pool.take(need, spare=spare)
             if copy:
                 own = taken.pop()
                 layers = self.cache.groups[group].layers
@@ -151,6 +190,12 @@ class Engine:
                 table[written] = own
             table.extend(taken)
         return True
+
+    def _needs(self, sequence: TokenSequence, end: int, copies: Sequence[bool]) -> list[int]:
+        return [max(0, end - len(table)) + copy for table, copy in zip(sequence.tables, copies, strict=True)]
+
+    def _short(self, needs: Sequence[int]) -> bool:
+        return any(need > pool.free for need, pool in zip(needs, self.pools, strict=True))
 
     def run(self, feeds: Sequence[Feed]) -> list[Answer]:
         """Run secured feeds and return what each gets for its wanted rows.
@@ -180,8 +225,11 @@ class Engine:
             outcome = self.device.run(self.step, feeds, rows or [0], self.caches, greedy=greedy)
         self.steps += 1
         for feed in feeds:
+            before = feed.sequence.cached
             feed.sequence.cached += feed.count
+            self.prefixes.record(feed.sequence, before)
             self._free_old(feed.sequence)
+        self.prefixes.settle()
         answers, begin = list[Answer](), 0
         for feed, indices in zip(feeds, wanted, strict=True):
             part = slice(begin, begin := begin + len(indices))

@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -43,6 +43,9 @@ class Generation:
     without the headers; `answer` is the part for the reader. `tool_calls` are those that came to their end; their arguments
     stand in their channel as well. What breaks the format is kept as text, outside of any channel if need be, and `notes` say
     what it was. Otherwise `channels` is None.
+
+    `reused_tokens` of the prompt did not run, since their keys and values were in the cache: from this conversation's last turn,
+    or from another sequence that began with the same tokens.
     """
 
     prompt_token_ids: list[int]
@@ -53,6 +56,7 @@ class Generation:
     logprobs: list[float] | None
     tool_calls: tuple[ToolCall, ...] = ()
     notes: tuple[str, ...] = ()
+    reused_tokens: int = field(default=0, compare=False)
 
     @property
     def answer(self) -> str:
@@ -144,6 +148,7 @@ class GenerationJob(Job):
         when the prompt is read and nothing follows it yet.
         """
         super().__init__(sequence, keep=keep)
+        self.reused = sequence.cached
         assert len(sequence.tokens) < len(prompt) and prompt[: len(sequence.tokens)] == sequence.tokens
         sequence.append(prompt[len(sequence.tokens) :])
         self.chunks: deque[Chunk] = deque()
@@ -229,6 +234,7 @@ class GenerationJob(Job):
             logprobs=self._logprobs if self._options.logprobs else None,
             tool_calls=tuple(self._harmony.tool_calls) if self._harmony else (),
             notes=self._harmony.notes if self._harmony else (),
+            reused_tokens=self.reused,
         )
 
 

@@ -196,7 +196,7 @@ class GraphDevice(Device):
             for cache in caches:
                 cache[target].copy_(cache[source])
 
-    def discard(self, caches: Sequence[Tensor]) -> None:
+    def discard(self, caches: Sequence[Tensor], blocks: range | None = None) -> None:
         """Do nothing: the memory was claimed at load, and nobody else gets it."""
 
     def record_all(self, caches: Sequence[Tensor]) -> None:

@@ -113,6 +113,14 @@ class CompiledModel:
         return self.manifest.model.config
 
     @property
+    def reused_tokens(self) -> int:
+        """Tokens that did not run, since the model was loaded, because another sequence began with the same ones.
+
+        Their keys and values were found in the cache; see `prefix_cache_bytes` of `oxfuse.load`.
+        """
+        return self.scheduler.engine.reused_tokens
+
+    @property
     def max_context(self) -> int:
         """Longest sequence, prompt and generated tokens together."""
         return self.scheduler.engine.limits.max_context

@@ -146,10 +146,10 @@ class OnnxDevice(Device):
             cache[target, :, :tokens].copy_(cache[source, :, :tokens])
         self._settle()
 
-    def discard(self, caches: Sequence[Tensor]) -> None:
+    def discard(self, caches: Sequence[Tensor], blocks: range | None = None) -> None:
         """Give pages back to the system; a GPU's memory stays claimed."""
         for cache in caches if self._at.type == "cpu" else ():
-            discard(cache)
+            discard(cache, blocks)
 
     def _settle(self) -> None:
         """Wait for what torch does to the caches: onnxruntime has a stream of its own."""

@@ -2,7 +2,8 @@
 
 Callers submit jobs and then drive: whoever holds the lock runs one step for everybody, so a stream, a session and a batch in
 three threads share their steps. Jobs beyond `max_batch` queue. When blocks run out, the youngest running job gives its own back
-and recomputes later from its tokens; only a job that is alone and still does not fit fails.
+and recomputes later from its tokens what the caches have not kept; only a job that is alone and still does not fit fails. A
+prompt that begins as another one in the same step waits for its blocks instead of computing them as well.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from oxfuse.runtime.cache_size import blocks_for
 from oxfuse.runtime.device import Best
 from oxfuse.runtime.engine import Answer, Engine
 from oxfuse.runtime.errors import InternalError, UserError
-from oxfuse.runtime.sequence import Feed, Rows, TokenSequence
+from oxfuse.runtime.sequence import Feed, Rows, TokenSequence, first_wanted
 
 CLOSED = "The model is closed. Load it again with oxfuse.load."
 
@@ -38,6 +39,10 @@ class Job(ABC):
         self.sequence, self.rows, self.keep = sequence, rows, keep
         self.done = False
         self.error: BaseException | None = None
+        self.reused = 0
+        """Tokens that were in the caches when their turn came, so that they did not run."""
+        self.again = False
+        """Whether it has lost its blocks, so that tokens which have run once are pending."""
 
     @abstractmethod
     def receive(self, indices: Sequence[int], logits: Tensor) -> None:
@@ -186,6 +191,7 @@ class Scheduler:
         except BaseException:  # an interrupt in one caller's thread: the others' tokens become pending again
             for job in undelivered:
                 self.engine.release(job.sequence)
+                job.again = True
             raise
         self._sweep()
 
@@ -213,11 +219,19 @@ class Scheduler:
         """Choose the feeds of a step and secure their blocks: decodes first, then prefill chunks, each in order of arrival."""
         engine, plan = self.engine, dict[Job, Feed]()
         budget = engine.limits.max_step_tokens
+        coming = set[object]()  # blocks that this step fills
         for job in sorted(self.running, key=lambda job: job.sequence.pending > 1):
             if job not in self.running:
                 continue  # lost its blocks to an earlier one
             if not budget:
                 break
+            if job.sequence.pending > 1:
+                found = engine.adopt(job.sequence, first_wanted(job.sequence, job.rows))
+                job.reused += 0 if job.again else found
+            following = engine.prefixes.next_block(job.sequence)
+            end = 0 if following is None else engine.prefixes.end(following)
+            if following in coming and first_wanted(job.sequence, job.rows) >= end:
+                continue  # the next step finds it
             count = min(job.sequence.pending, engine.chunk, budget)
             while count and not engine.secure(job.sequence, count):
                 victim = self.running[-1]
@@ -235,10 +249,13 @@ class Scheduler:
                 continue
             plan[job] = Feed(sequence=job.sequence, count=count, rows=job.rows, greedy=job.greedy)
             budget -= count
+            if following is not None and job.sequence.cached + count >= end:
+                coming.add(following)
         return plan
 
     def _preempt(self, job: Job) -> None:
         self.engine.release(job.sequence)
+        job.again = True
         self.running.remove(job)
         self.waiting.appendleft(job)
 

@@ -11,6 +11,22 @@ Rows = Literal["last", "all"] | frozenset[int]
 """Tokens whose logits are wanted: the sequence's last, all, or those at these indices in the sequence."""
 
 
+class Prefix:
+    """A block's worth of tokens and their positions after those of `parent`, and where the caches hold their keys and values."""
+
+    __slots__ = ("blocks", "children", "content", "depth", "holders", "parent")
+
+    def __init__(self, parent: Prefix | None, content: bytes, groups: int) -> None:
+        """Make a node without blocks. The caller enters it with its parent, under `content`."""
+        self.parent, self.content = parent, content
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.children: dict[bytes, Prefix] = {}
+        self.blocks = [0] * groups
+        """Of each group the block, 0 where there is none any more."""
+        self.holders = 0
+        """Sequences whose last full block this is."""
+
+
 class TokenSequence:
     """Tokens of one sequence and the blocks that hold the keys and values of the first `cached` of them."""
 
@@ -23,6 +39,8 @@ class TokenSequence:
         """Block numbers, int64, so that a table of thousands goes into a step's inputs as one copy."""
         self.live = [0] * groups
         """First entry of each table that is still held; those before it were freed and read 0."""
+        self.prefix: Prefix | None = None
+        """Its last full block, as `oxfuse.runtime.prefix` knows it."""
         self.stamp = object()
         """Another object whenever a table has changed, so that who has a copy of them can tell whether it is still right."""
 
@@ -35,6 +53,14 @@ class TokenSequence:
         """Add tokens; their positions default to their indices in the sequence."""
         self.positions += range(len(self.tokens), len(self.tokens) + len(tokens)) if positions is None else positions
         self.tokens += tokens
+
+
+def first_wanted(sequence: TokenSequence, rows: Rows) -> int:
+    """Return the index of the first pending token that must run, because its logits are wanted or it is the last."""
+    last = len(sequence.tokens) - 1
+    if rows == "last":
+        return last
+    return sequence.cached if rows == "all" else min((row for row in rows if row >= sequence.cached), default=last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,20 +15,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens and seconds of a run. A step that read any prompt counts as prompt time, also where others generated in it."""
+    """Tokens and seconds of a run. A step that read any prompt counts as prompt time, also where others generated in it.
+
+    `reused_tokens` of the `prompt_tokens` were in the cache and did not run.
+    """
 
     prompt_tokens: int
     prompt_seconds: float
     new_tokens: int
     decode_tokens: int
     decode_seconds: float
+    reused_tokens: int = 0
 
     def text(self) -> str:
         """Return it as one line, the rates as far as there was something to measure."""
-        prompt = f"prompt {count_text(self.prompt_tokens, 'token')} in {self.prompt_seconds:.2f} s"
+        run = self.prompt_tokens - self.reused_tokens
+        prompt = f"prompt {count_text(run, 'token')} in {self.prompt_seconds:.2f} s"
         new = f"generated {count_text(self.new_tokens, 'token')}"
         if self.prompt_seconds:
-            prompt += f" ({self.prompt_tokens / self.prompt_seconds:,.0f} tokens/s)"
+            prompt += f" ({run / self.prompt_seconds:,.0f} tokens/s)"
+        if self.reused_tokens:
+            prompt += f", {self.reused_tokens:,} of {count_text(self.prompt_tokens, 'prompt token')} reused"
         if self.decode_tokens and self.decode_seconds:
             rate = self.decode_tokens / self.decode_seconds
             new += f" in {self.decode_seconds:.2f} s ({rate:,.{0 if rate >= 100 else 1}f} tokens/s)"
@@ -77,4 +84,5 @@ class Stopwatch:
             new_tokens=self._new,
             decode_tokens=self._decode_tokens,
             decode_seconds=self._decode_seconds,
+            reused_tokens=sum(min(job.reused, read) for job, read in zip(self._jobs, self._read, strict=True)),
         )

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oxfuse.runtime.cache_size import block_bytes, prefill_chunk, sequence_blocks
+from oxfuse.runtime.cache_size import block_bytes, prefill_chunk, prefix_bound, sequence_blocks, size_cache
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.gpus import find_gpus
 from oxfuse.runtime.host import misfits, torch_version
 from oxfuse.runtime.machine import Memory, memory
-from oxfuse.runtime.manifest import Manifest, ModelSpec
+from oxfuse.runtime.manifest import ONNX, Manifest, ModelSpec
 from oxfuse.runtime.units import count_text, item_bytes, size_text
 
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -60,6 +60,8 @@ class MemoryNeed:
     """Bytes at a context length: the KV cache of one sequence in each group, of `batch` sequences, and together with the weights.
 
     It is the most that is held at any time: a sliding group keeps its window, what a rewind may need, and one prefill chunk.
+    `prefix_cache` is the most that stays beside it of earlier sequences, for later ones that begin alike, as `oxfuse.load`
+    bounds it by default; on a GPU that is part of what the cache claims anyway.
     """
 
     context: int
@@ -67,6 +69,7 @@ class MemoryNeed:
     sequence_groups: tuple[int, ...]
     sequence: int
     cache: int
+    prefix_cache: int
     total: int
 
 
@@ -156,13 +159,18 @@ def _need(manifest: Manifest, context: int, batch: int) -> MemoryNeed:
         for group in cache.groups
     )
     weights = sum(file.bytes for file in manifest.weights)
+    held, kept = batch * sum(groups), 0
+    if not manifest.requirements.gpu_archs and all(program.kind != ONNX for program in manifest.programs):
+        whole = size_cache(cache, manifest.limits, chunk=chunk, reserve=chunk)
+        kept = max(0, min(prefix_bound(whole, claimed=False), whole.bytes - held))
     return MemoryNeed(
         context=context,
         batch=batch,
         sequence_groups=groups,
         sequence=sum(groups),
-        cache=batch * sum(groups),
-        total=batch * sum(groups) + weights,
+        cache=held,
+        prefix_cache=kept,
+        total=held + kept + weights,
     )
 
 
@@ -278,14 +286,20 @@ def _memory(summary: Summary, manifest: Manifest) -> Iterator[str]:
     cache = manifest.cache
     yield f"Memory: KV cache in {cache.dtype}, blocks of {cache.block_size} tokens; the most that is held as sequences grow"
     groups = ["full" if not group.window else f"window {group.window}" for group in cache.groups]
-    head = ["tokens", *groups, "a sequence", f"{summary.memory[0].batch} of them", "and weights"]
+    head = ["tokens", *groups, "a sequence", f"{summary.memory[0].batch} of them", "kept", "with weights"]
     rows = [
-        [f"{need.context:,}", *map(size_text, need.sequence_groups), *map(size_text, (need.sequence, need.cache, need.total))]
+        [
+            f"{need.context:,}",
+            *map(size_text, need.sequence_groups),
+            *map(size_text, (need.sequence, need.cache, need.prefix_cache, need.total)),
+        ]
         for need in summary.memory
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
         yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    if any(need.prefix_cache for need in summary.memory):
+        yield "  kept: at most, of sequences that ended, for others that begin alike (prefix_cache_bytes of oxfuse.load)"
 
 
 def _programs(summary: Summary, manifest: Manifest) -> Iterator[str]:

@@ -116,7 +116,7 @@ class OxfuseInference(_Inference):
 
         self.name, self.before = f"oxfuse {oxfuse.__version__}", _resident()
         self.implementations: tuple[str, ...] = ()
-        self._model = load(folder, threads=threads)
+        self._model = load(folder, threads=threads, prefix_cache_bytes=0)  # a prompt that comes again runs again
         self.vocab_size = self._model.vocab_size
         self._sequences: list[TokenSequence] = []
 

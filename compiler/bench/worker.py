@@ -50,7 +50,7 @@ class Oxfuse:
 
         self.implementations: tuple[str, ...] = ()
         self.name = f"oxfuse {oxfuse.__version__}"
-        self._model = oxfuse.load(folder, threads=threads)
+        self._model = oxfuse.load(folder, threads=threads, prefix_cache_bytes=0)  # a prompt that comes again runs again
         self._session = self._model.session()
         self.vocab_size = self._model.vocab_size
 

@@ -110,6 +110,8 @@ std::string load(const Words& words) {
   options.device = device.empty() ? nullptr : device.c_str();
   options.threads = threads.empty() ? 0 : std::stoi(threads);
   options.cache_bytes = bytes.empty() ? 0 : std::stoull(bytes);
+  const std::string kept = option(words, "prefix_cache_bytes");
+  options.prefix_cache_bytes = kept.empty() ? options.prefix_cache_bytes : std::stoll(kept);
   options.check = option(words, "check") == "full" ? OXFUSE_CHECK_FULL : OXFUSE_CHECK_QUICK;
   models[words[1]] = std::make_unique<oxfuse::Model>(words[2], options);
   return "";
@@ -122,6 +124,7 @@ std::string info(const Words& words) {
       << "\tmax_context=" << found.max_context << "\tmax_batch=" << found.max_batch << "\tprefill_chunk=" << found.prefill_chunk
       << "\tblock_size=" << found.block_size << "\tcache_bytes=" << found.cache_bytes << "\tweight_bytes=" << found.weight_bytes
       << "\tused_blocks=" << found.used_blocks << "\tsteps=" << found.steps
+      << "\treused_tokens=" << found.reused_tokens
       << "\teos=" << text({found.eos_token_ids, found.eos_token_ids + found.eos_token_count});
   return out.str();
 }

@@ -72,15 +72,16 @@ def test_greedy_tokens_and_logits_are_those_of_python(loaded, name, options):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 @pytest.mark.parametrize("name", ["base", pytest.param("neox", marks=pytest.mark.slow)])
-def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, name, seed):
-    """Random calls on several sessions, in chunks, in a cache too small for all of them.
+@pytest.mark.parametrize(("batch", "bound"), [(1, {}), (3, {}), (3, {"prefix_cache_bytes": 60_000})])
+def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, name, seed, batch, bound):
+    """Random calls on several sessions, in chunks, in a cache too small for all of them, or not.
 
-    Logits are equal to the last bit, and so are refusals, blocks and steps.
+    Logits are equal to the last bit, and so are refusals, blocks, steps, and the tokens that were found in the cache.
     """
     case, _, artifact = compiled(name)
-    artifact = in_chunks(artifact, tmp_path / "chunked", tokens=32, max_context=400, max_batch=1)
-    model = oxfuse.load(artifact)
-    driver.call("load", "m", artifact)
+    artifact = in_chunks(artifact, tmp_path / "chunked", tokens=32, max_context=400, max_batch=batch)
+    model = oxfuse.load(artifact, **bound)
+    driver.call("load", "m", artifact, **bound)
     chance = random.Random(seed)
     ours: dict[str, oxfuse.Session] = {}
     seen: dict[str, int] = {}
@@ -113,13 +114,17 @@ def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, nam
                 return driver.logits(what, session, ids_text(ids if what == "prefill" else ids[:1]))
         return None
 
+    text = random_ids(case, 400).tolist()
     for step in range(70):
         what = chance.choices(["prefill", "decode", "rewind", "fork", "open", "close"], [6, 6, 5, 1, 1, 0.5])[0]
         session = chance.choice([*ours]) if ours else ""
         if what == "open" or not ours:
             session, what = f"s{step}", "open"
         ids = [chance.randrange(case.vocabulary) for _ in range(chance.choice([2, 10, 40, 90, 200]))]
-        to = chance.randint(0, ours[session].length) if session in ours else 0
+        length = ours[session].length if session in ours else 0
+        if chance.random() < 0.9:  # goes on as others have gone on, if it has begun so
+            ids = text[length : length + len(ids)] or ids
+        to = chance.randint(0, length)
         results: list[torch.Tensor | str | None] = []
         for call, refusal in ((in_python, UserError), (in_cpp, CallError)):
             try:
@@ -139,14 +144,16 @@ def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, nam
             assert driver.call("tokens", one)[0] == ids_text(ours[one].token_ids)
         info = driver.info()
         engine = model.scheduler.engine
-        assert (int(info["used_blocks"]), int(info["steps"])) == (engine.used_blocks, engine.steps), f"step {step}, {what}"
+        found = [int(info[name]) for name in ("used_blocks", "steps", "reused_tokens")]
+        assert found == [engine.used_blocks, engine.steps, engine.reused_tokens], f"step {step}, {what}"
         seen[what] = seen.get(what, 0) + 1
-    assert seen.keys() >= {"prefill", "decode", "rewind", "fork", "open"} and (seed or "out of cache" in seen), seen
+    assert seen.keys() >= {"prefill", "decode", "rewind", "fork", "open"} and (seed or batch > 1 or "out of cache" in seen), seen
+    assert model.reused_tokens > (0 if bound else 50), "little was found, so little was compared"
 
 
 def test_a_rewind_runs_again_what_the_window_forgot_and_nothing_else(compiled, driver, tmp_path):
     case, _, artifact = compiled("base")
-    driver.call("load", "m", in_chunks(artifact, tmp_path / "chunked"))
+    driver.call("load", "m", in_chunks(artifact, tmp_path / "chunked"), prefix_cache_bytes=0)
     prompt, tail = random_ids(case, 200).tolist(), random_ids(case, 9, seed=9).tolist()
 
     def alone(ids: list[int]) -> torch.Tensor:

@@ -38,7 +38,7 @@ def items() -> Sequence[Item]:
 def buckets(lab: Lab, name: str, step: str) -> Iterator[Found]:
     """Check a batch that fills each bucket, and one with a row less, which is padding."""
     wait_for(lab, step)
-    model = oxfuse.load(lab.work / name)
+    model = oxfuse.load(lab.work / name, prefix_cache_bytes=0)
     engine = model.scheduler.engine
     device = engine.device
     assert isinstance(device, GraphDevice)
@@ -95,7 +95,7 @@ def advance(engine: Engine, sequences: Sequence[TokenSequence]) -> None:
 def decodes(lab: Lab) -> Iterator[Found]:
     """Compare what the decode program says with what the step program says about the same tokens."""
     wait_for(lab, "join")
-    model: CompiledModel = oxfuse.load(lab.work / JOINED)
+    model: CompiledModel = oxfuse.load(lab.work / JOINED, prefix_cache_bytes=0)
     ids = torch.randint(0, model.vocab_size, (200,), generator=torch.Generator().manual_seed(3)).tolist()
     whole = model.logits([ids])[0, 100:].double()
     with model.session() as session:

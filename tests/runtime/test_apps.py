@@ -89,6 +89,39 @@ def test_a_thousand_sessions_leave_nothing(compiled) -> None:
     assert growth < 1 << 20 and blocks == 0
 
 
+KEPT = """
+import sys
+import oxfuse
+
+def anonymous():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("Anonymous:"))
+
+def use(begin, end):
+    for number in range(begin, end):
+        with model.session() as session:
+            session.prefill([number % 200, number // 200, *range(120)])
+
+bound = int(sys.argv[2])
+model = oxfuse.load(sys.argv[1], prefix_cache_bytes=bound)
+use(0, 20)
+before, engine = anonymous(), model.scheduler.engine
+use(20, 1000)
+print(anonymous() - before, engine.used_blocks, engine.prefixes.kept_bytes, sum(engine.block_bytes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_what_sessions_leave_for_others_is_bounded(compiled) -> None:
+    """A thousand prompts, none of which begins as another, and 30 MB of keys and values."""
+    bound = 6 << 20
+    command = [sys.executable, "-c", KEPT, str(compiled("base")[2]), str(bound)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    growth, blocks, kept, pair = map(int, done.stdout.split())
+    assert blocks == 0 and bound - 2 * pair < kept <= bound
+    assert growth < bound + (4 << 20), "the blocks, and what is known of each"
+
+
 def test_requests_that_are_given_up_return_their_memory(compiled) -> None:
     model = oxfuse.load(compiled("base")[2])
     for number in range(50):

@@ -184,6 +184,8 @@ def test_processor_flags(tmp_path: Path) -> None:
         {"check": "slow"},
         {"cache_bytes": 0},
         {"cache_bytes": 10},
+        {"prefix_cache_bytes": -1},
+        {"prefix_cache_bytes": 1.5},
         {"device": "cuda"},
         {"device": "tpu9"},
     ],

@@ -68,6 +68,19 @@ def test_several_prompts_are_told_apart(worded: Path, tmp_path: Path, text: str)
     assert run("generate", worded, "-f", tmp_path / "a", "-f", tmp_path / "b", "-n", "6").out == ran.out
 
 
+def test_prompts_that_begin_alike_are_told(worded: Path) -> None:
+    prompt = " ".join(f"w{n}" for n in range(9))
+    twice = ["generate", worded, "-p", prompt, "-p", prompt, "-n", "2"]
+    ran = run(*twice)
+    assert "prompt 10 tokens in" in ran.err and "8 of 18 prompt tokens reused" in ran.err
+    off = run(*twice, "--prefix-cache-bytes", "0")
+    assert off.out == ran.out and "prompt 18 tokens in" in off.err and "reused" not in off.err
+    found = [json.loads(line)["reused_tokens"] for line in run(*twice, "--json").out.splitlines()]
+    assert found == [0, 8]
+    refused = run(*twice, "--prefix-cache-bytes", "-1")
+    assert refused.code == 2 and "prefix_cache_bytes is -1" in refused.err
+
+
 def test_json_has_a_line_for_each_prompt_in_order(worded: Path, text: str) -> None:
     ran = run("generate", worded, "-p", PROMPT, "-p", "w5", "-p", PROMPT, "-n", "6", "--json", "--logprobs")
     first, second, third = map(json.loads, ran.out.splitlines())

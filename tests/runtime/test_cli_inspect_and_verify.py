@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from oxfuse.runtime import load, summary
-from oxfuse.runtime.cache_size import block_bytes, sequence_blocks
+from oxfuse.runtime.cache_size import PREFIX_CACHE_BYTES, block_bytes, sequence_blocks
 from oxfuse.runtime.engine import Engine
 from oxfuse.runtime.machine import Memory
 from oxfuse.runtime.manifest import CacheGroup, CacheSpec, Limits, read_manifest
@@ -56,7 +56,7 @@ def test_json_is_the_manifest_and_the_figures(copy: Path) -> None:
     assert found == json.loads((copy / "manifest.json").read_text())
     need, block = computed["memory"][0], 4 * 2 * HIDDEN * 4
     assert (need["context"], need["batch"], need["sequence"], need["cache"]) == (5, 2, 2 * block, 4 * block)
-    assert need["total"] == need["cache"] + computed["weight_bytes"]
+    assert need["total"] == need["cache"] + need["prefix_cache"] + computed["weight_bytes"]
     assert [(kind["kind"], kind["tensors"], kind["bytes"]) for kind in computed["weights"]] == [
         ("other", 2, VOCAB * HIDDEN * 4 + HIDDEN * 4),
         ("embedding", 1, VOCAB * HIDDEN * 4),
@@ -229,4 +229,8 @@ def test_a_closed_pipe_is_silent(copy: Path) -> None:
 def test_load_uses_the_same_sizes(copy: Path) -> None:
     engine = load(copy).scheduler.engine
     most = summarize(copy, read_manifest(copy)).memory[-1]
+    assert engine.prefixes.bound == min(engine.size.bytes, PREFIX_CACHE_BYTES)
+    (one,) = summarize(copy, read_manifest(copy), contexts=[8], batch=1).memory
+    assert one.prefix_cache == min(engine.prefixes.bound, engine.size.bytes - one.cache) > 0
+    assert load(copy, prefix_cache_bytes=5000).scheduler.engine.prefixes.bound == 5000
     assert most.cache <= engine.size.bytes <= most.cache + 5 * block_bytes(engine.cache, engine.cache.groups[0])

@@ -447,3 +447,22 @@ def test_same_bits() -> None:
     assert same_bits(nan, nan.clone()) and not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(nan, nan.double()) and not same_bits(nan, nan[:1])
     assert same_bits(torch.zeros(2, 3)[:, :2], torch.zeros(2, 2))
+
+
+def test_sequences_that_begin_alike_share_blocks_under_graphs(open_model: Open, toy: ToyModel) -> None:
+    """Tables that change between replays, by blocks that are found or shared, reach the device; all of the cache may be kept."""
+    model = open_model(prefix_cache_bytes=None, most_rows=3)
+    engine = model.scheduler.engine
+    assert engine.prefixes.bound == engine.size.bytes
+    system = tokens(26)
+    prompts = [[*system, *tokens(1 + 3 * n, seed=n)] for n in range(4)] + [tokens(5)] * 2
+    for turn in range(3):
+        found = model.generate(prompts, max_new_tokens=14)
+        assert [generation.token_ids for generation in found] == [toy.greedy(prompt, 14) for prompt in prompts]
+        assert [generation.reused_tokens >= 24 for generation in found] == [turn > 0, True, True, True, False, False]
+    with model.session() as session:
+        for token in prompts[3]:
+            logits = session.decode(token)
+        assert_close(logits, toy.dense(prompts[3])[-1], rtol=0, atol=2e-5)
+        session.rewind(20)
+        assert_close(session.prefill([1, 2]), toy.dense([*system[:20], 1, 2])[-1], rtol=0, atol=2e-5)

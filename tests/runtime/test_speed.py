@@ -9,7 +9,7 @@ from oxfuse.runtime.speed import Speed, Stopwatch
 
 
 def job(prompt: int) -> Any:
-    return SimpleNamespace(sequence=SimpleNamespace(tokens=[0] * prompt, cached=0), new_tokens=0, done=False)
+    return SimpleNamespace(sequence=SimpleNamespace(tokens=[0] * prompt, cached=0), new_tokens=0, done=False, reused=0)
 
 
 class Clock:
@@ -47,5 +47,9 @@ def test_the_text_leaves_out_what_was_not_measured() -> None:
     assert Speed(**nothing).text() == "prompt 0 tokens in 0.00 s; generated 0 tokens"
     one = nothing | dict(prompt_tokens=1, prompt_seconds=0.5, new_tokens=1)
     assert Speed(**one).text() == "prompt 1 token in 0.50 s (2 tokens/s); generated 1 token"
+    again = one | dict(prompt_tokens=1000, reused_tokens=960)
+    assert Speed(**again).text() == (
+        "prompt 40 tokens in 0.50 s (80 tokens/s), 960 of 1,000 prompt tokens reused; generated 1 token"
+    )
     many = one | dict(prompt_tokens=1000, new_tokens=51, decode_tokens=50, decode_seconds=4)
     assert Speed(**many).text() == "prompt 1,000 tokens in 0.50 s (2,000 tokens/s); generated 51 tokens in 4.00 s (12.5 tokens/s)"

@@ -127,16 +127,24 @@ def toy_engine(
 
 
 def poison_when_freed(pool: BlockPool, caches: list[Tensor]) -> None:
-    drop = pool.drop
+    drop, let_go = pool.drop, pool.let_go
+
+    def poison(blocks: list[int]) -> None:
+        for cache in caches:
+            cache[blocks] = torch.nan
 
     def poisoning(blocks: list[int]) -> None:
         blocks = [block for block in blocks if block]
-        last = [block for block in blocks if not pool.shared(block)]
+        last = [block for block in blocks if not pool.shared(block) and not pool.remembers(block)]
         drop(blocks)
-        for cache in caches:
-            cache[last] = torch.nan
+        poison(last)
 
-    pool.drop = poisoning  # type: ignore[method-assign,assignment]
+    def letting_go() -> None:
+        block = next(iter(pool._kept))
+        let_go()
+        poison([block])
+
+    pool.drop, pool.let_go = poisoning, letting_go  # type: ignore[method-assign,assignment]
 
 
 def toy_model(toy: ToyModel, **options: object) -> CompiledModel:

@@ -77,6 +77,8 @@ typedef struct oxfuse_load_options {
   int32_t threads;      /* 0: torch's own setting. Threads inside an operator while a step runs, 1 to 1024 */
   uint64_t cache_bytes; /* 0: for max_batch sequences of max_context tokens. Most bytes of the KV cache */
   oxfuse_check check;
+  int64_t prefix_cache_bytes; /* -1: 1 GiB, on a GPU all of the cache. Most bytes of the cache that stay when no session holds them,
+                                 for sessions that begin with the same tokens and then need not run them. 0: none do */
 } oxfuse_load_options;
 
 OXFUSE_API oxfuse_load_options oxfuse_load_options_default(void);
@@ -107,6 +109,7 @@ typedef struct oxfuse_model_info {
   int64_t steps;                /* steps of the program so far */
   const int64_t *eos_token_ids; /* [eos_token_count], those that end a text by the checkpoint's own files */
   size_t eos_token_count;
+  int64_t reused_tokens;        /* tokens that did not run so far, since a session had begun with the same ones before */
 } oxfuse_model_info;
 
 OXFUSE_API oxfuse_status oxfuse_model_get_info(const oxfuse_model *model, oxfuse_model_info *info);

@@ -168,7 +168,7 @@ const char* oxfuse_status_name(oxfuse_status status) {
 }
 
 oxfuse_load_options oxfuse_load_options_default(void) {
-  return {sizeof(oxfuse_load_options), nullptr, 0, 0, OXFUSE_CHECK_QUICK};
+  return {sizeof(oxfuse_load_options), nullptr, 0, 0, OXFUSE_CHECK_QUICK, -1};
 }
 
 oxfuse_sampling_options oxfuse_sampling_options_default(void) {
@@ -211,7 +211,8 @@ oxfuse_status oxfuse_model_get_info(const oxfuse_model* model, oxfuse_model_info
         engine.used_blocks(),
         engine.steps(),
         held.manifest.eos_token_ids.data(),
-        held.manifest.eos_token_ids.size()
+        held.manifest.eos_token_ids.size(),
+        engine.reused_tokens()
     };
   });
 }

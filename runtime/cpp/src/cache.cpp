@@ -11,11 +11,13 @@
 #include <cstring>
 #include <sys/mman.h>
 #include <system_error>
+#include <unistd.h>
 
 namespace oxfuse::internal {
 namespace {
 
 constexpr int64_t prefill_tokens = 1024;   // enough to fill the experts' tiles, few enough that decodes need not wait long
+constexpr int64_t prefix_bytes = int64_t(1) << 30;  // as runtime/cache_size.py
 constexpr uintptr_t cache_alignment = 16;  // bytes; a program copies a cache that is not, and what it writes is lost
 constexpr int64_t gpu_step_tokens = 2048;  // as runtime/memory_plan.py, as the next four
 constexpr int64_t gpu_rows = 128;
@@ -102,6 +104,10 @@ CacheSize size_cache(const CacheSpec& spec, const Limits& limits, int64_t chunk,
   return sized(spec, limits, low, chunk, reserve);
 }
 
+int64_t prefix_bound(const CacheSize& size, bool claimed, int64_t asked) {
+  return std::min(size.bytes, asked >= 0 ? asked : claimed ? size.bytes : prefix_bytes);
+}
+
 Limits gpu_step_limits(const Limits& limits) {
   const int64_t together = times(limits.max_batch, prefill_chunk(limits));
   const int64_t tokens = std::min({limits.max_step_tokens, std::max(gpu_step_tokens, limits.max_batch), together});
@@ -130,15 +136,28 @@ int64_t plan_gpu_caches(
   return std::min(wanted, left);
 }
 
-int64_t BlockPool::take() {
+void BlockPool::watch(int64_t* clock, std::function<void(int64_t)> on_forget) {
+  clock_ = clock;
+  on_forget_ = std::move(on_forget);
+}
+
+int64_t BlockPool::take(bool spare) {
   assert(free() > 0);
+  if (returned_.empty() && !kept_.empty() && (spare || (blank_.empty() && fresh_ == blocks_))) {
+    let_go();
+  }
   int64_t block = fresh_;
-  if (returned_.empty()) {
-    ++fresh_;
-    references_.push_back(0);
-  } else {
+  if (!returned_.empty()) {
     block = returned_.back();
     returned_.pop_back();
+  } else if (!blank_.empty()) {
+    block = blank_.back();
+    blank_.pop_back();
+  } else {
+    ++fresh_;
+    references_.push_back(0);
+    remembered_.push_back(false);
+    let_go_at_.push_back(0);
   }
   references_[block] = 1;
   ++used_;
@@ -146,22 +165,58 @@ int64_t BlockPool::take() {
 }
 
 void BlockPool::share(int64_t block) {
-  if (block) {
-    ++references_[block];
+  if (block && ++references_[block] == 1) {
+    kept_.erase(let_go_at_[block]);
+    ++used_;
   }
 }
 
 void BlockPool::drop(int64_t block) {
   if (block && --references_[block] == 0) {
-    returned_.push_back(block);
     --used_;
+    if (remembered_[block]) {
+      let_go_at_[block] = ++*clock_;
+      kept_[let_go_at_[block]] = block;
+    } else {
+      returned_.push_back(block);
+    }
   }
 }
 
-void BlockPool::reset() {
-  assert(used_ == 0);
+void BlockPool::forget(int64_t block) {
+  on_forget_(block);
+  remembered_[block] = false;
+}
+
+void BlockPool::let_go() {
+  const int64_t block = kept_.begin()->second;
+  forget(block);
+  kept_.erase(kept_.begin());
+  returned_.push_back(block);
+}
+
+std::vector<std::pair<int64_t, int64_t>> BlockPool::blank() {
+  std::sort(returned_.begin(), returned_.end());
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  for (const int64_t block : returned_) {
+    if (!runs.empty() && runs.back().second == block) {
+      ++runs.back().second;
+    } else {
+      runs.emplace_back(block, block + 1);
+    }
+  }
+  blank_.insert(blank_.end(), returned_.rbegin(), returned_.rend());  // low numbers first again
   returned_.clear();
+  return runs;
+}
+
+void BlockPool::reset() {
+  assert(used_ == 0 && kept_.empty());
+  returned_.clear();
+  blank_.clear();
   references_.assign(1, 0);
+  remembered_.assign(1, false);
+  let_go_at_.assign(1, 0);
   fresh_ = 1;
 }
 
@@ -228,9 +283,25 @@ void Caches::copy_block(const std::vector<int64_t>& layers, int64_t source, int6
   }
 }
 
-void Caches::discard() {
-  for (const Pages& pages : pages_) {
-    madvise(pages.begin, pages.bytes, MADV_DONTNEED);  // where the system refuses, nothing has changed
+void Caches::discard(const std::vector<int64_t>& layers) {
+  for (const int64_t layer : layers) {
+    for (size_t cache = 2 * layer; cache < 2 * static_cast<size_t>(layer) + 2 && cache < pages_.size(); ++cache) {
+      madvise(pages_[cache].begin, pages_[cache].bytes, MADV_DONTNEED);  // where the system refuses, nothing has changed
+    }
+  }
+}
+
+void Caches::discard(const std::vector<int64_t>& layers, int64_t first, int64_t last) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  for (const int64_t layer : layers) {
+    for (size_t cache = 2 * layer; cache < 2 * static_cast<size_t>(layer) + 2 && cache < pages_.size(); ++cache) {
+      const auto base = reinterpret_cast<uintptr_t>(pages_[cache].begin);
+      const uintptr_t block = tensors_[cache].nbytes() / tensors_[cache].size(0);
+      const uintptr_t begin = (base + first * block + page - 1) / page * page, end = (base + last * block) / page * page;
+      if (begin < end) {
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+      }
+    }
   }
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <set>
 
 namespace oxfuse::internal {
 namespace {
@@ -61,8 +62,8 @@ std::vector<BlockPool> pools_of(const CacheSize& size) {
 }  // namespace
 
 Engine::Engine(
-    const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t chunk, at::Device device, int threads,
-    std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
+    const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t prefix_cache_bytes, int64_t chunk,
+    at::Device device, int threads, std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
 )
     : cache(manifest.cache),
       limits(limits),
@@ -76,6 +77,7 @@ Engine::Engine(
       most_decodes_(most_decodes),
       most_sequences_(device.is_cpu() ? limits.max_batch : std::min(limits.max_batch, most_gpu_rows)),
       pools_(pools_of(size)),
+      prefixes_(cache, pools_, prefix_cache_bytes),
       caches_(manifest.cache, size, device) {}
 
 TokenSequence Engine::sequence() const {
@@ -93,6 +95,7 @@ TokenSequence Engine::fork(const TokenSequence& source) {
       pools_[group].share(block);
     }
   }
+  prefixes_.fork(twin);
   return twin;
 }
 
@@ -102,30 +105,54 @@ void Engine::release(TokenSequence& sequence) {
 }
 
 void Engine::drop_all(TokenSequence& sequence) {
-  for (size_t group = 0; group < pools_.size(); ++group) {
-    for (const int64_t block : sequence.tables[group]) {
-      pools_[group].drop(block);
-    }
-    sequence.tables[group].clear();
-    sequence.live[group] = 0;
-  }
-  sequence.cached = 0;
+  cut(sequence, 0);
   shrink();
 }
 
-// Give the caches' memory back to the system when nobody uses them, if it is worth the trouble.
+// Let go of what the caches hold beyond `length` tokens, the last blocks first, so that others are found without them.
+void Engine::cut(TokenSequence& sequence, int64_t length) {
+  const int64_t keep = blocks_for(length, cache.block_size);
+  size_t longest = 0;
+  for (const auto& table : sequence.tables) {
+    longest = std::max(longest, table.size());
+  }
+  for (int64_t entry = static_cast<int64_t>(longest) - 1; entry >= keep; --entry) {
+    for (size_t group = 0; group < pools_.size(); ++group) {
+      if (auto& table = sequence.tables[group]; entry < static_cast<int64_t>(table.size())) {
+        pools_[group].drop(table[entry]);
+        table.resize(entry);
+      }
+    }
+  }
+  for (int64_t& live : sequence.live) {
+    live = std::min(live, keep);
+  }
+  sequence.cached = length;
+  prefixes_.cut(sequence, length);
+  prefixes_.settle();
+}
+
+// Give memory that holds nothing of use back to the system when no sequence runs, if it is worth the trouble.
 void Engine::shrink() {
-  int64_t touched = 0;
+  int64_t idle = 0;
   for (size_t group = 0; group < pools_.size(); ++group) {
     if (pools_[group].used()) {
       return;
     }
-    touched += pools_[group].touched() * block_bytes(cache, cache.groups[group]);
+    idle += pools_[group].returned() * block_bytes(cache, cache.groups[group]);
   }
-  if (touched > kept_bytes) {
-    caches_.discard();
-    for (BlockPool& pool : pools_) {
-      pool.reset();
+  if (idle <= kept_bytes) {
+    return;
+  }
+  for (size_t group = 0; group < pools_.size(); ++group) {
+    const auto& layers = cache.groups[group].layers;
+    if (pools_[group].kept()) {
+      for (const auto& [first, last] : pools_[group].blank()) {
+        caches_.discard(layers, first, last);
+      }
+    } else {
+      caches_.discard(layers);
+      pools_[group].reset();
     }
   }
 }
@@ -151,42 +178,60 @@ void Engine::truncate(TokenSequence& sequence, int64_t length) {
     drop_all(sequence);
     return;
   }
-  sequence.cached = length;
-  const auto keep = static_cast<size_t>(blocks_for(length, cache.block_size));
+  cut(sequence, length);
+}
+
+bool Engine::is_short(const std::vector<int64_t>& needs) const {
   for (size_t group = 0; group < pools_.size(); ++group) {
-    auto& table = sequence.tables[group];
-    for (size_t entry = keep; entry < table.size(); ++entry) {
-      pools_[group].drop(table[entry]);
+    if (needs[group] > pools_[group].free()) {
+      return true;
     }
-    table.resize(std::min(keep, table.size()));
   }
+  return false;
 }
 
 // Make the next `count` tokens' blocks the sequence's own: take new ones, copy a shared one. False, and nothing done, if short.
 bool Engine::secure(TokenSequence& sequence, int64_t count) {
   const int64_t end = blocks_for(sequence.cached + count, cache.block_size);
   const int64_t written = sequence.cached / cache.block_size, partial = sequence.cached % cache.block_size;
-  const auto copied = [&](size_t group) {
-    return partial && pools_[group].shared(sequence.tables[group][written]);
-  };
-  const auto missing = [&](size_t group) {
-    return std::max<int64_t>(0, end - static_cast<int64_t>(sequence.tables[group].size()));
-  };
+  std::vector<char> copied(pools_.size());
   for (size_t group = 0; group < pools_.size(); ++group) {
-    if (missing(group) + copied(group) > pools_[group].free()) {
+    const int64_t block = partial ? sequence.tables[group][written] : 0;
+    copied[group] = partial && (pools_[group].shared(block) || pools_[group].remembers(block));
+  }
+  const auto count_needs = [&] {
+    std::vector<int64_t> needs;
+    for (size_t group = 0; group < pools_.size(); ++group) {
+      needs.push_back(std::max<int64_t>(0, end - static_cast<int64_t>(sequence.tables[group].size())) + copied[group]);
+    }
+    return needs;
+  };
+  std::vector<int64_t> needs = count_needs();
+  if (is_short(needs)) {
+    for (size_t group = 0; group < pools_.size(); ++group) {
+      if (copied[group] && !pools_[group].shared(sequence.tables[group][written])) {
+        pools_[group].forget(sequence.tables[group][written]);  // kept for others alone: there is no room for that
+        copied[group] = false;
+      }
+    }
+    needs = count_needs();
+    if (is_short(needs)) {
       return false;
     }
   }
+  const bool spare = prefixes_.crowded(needs);
   for (size_t group = 0; group < pools_.size(); ++group) {
     auto& table = sequence.tables[group];
-    if (copied(group)) {
-      const int64_t own = pools_[group].take();
+    int64_t more = needs[group];
+    if (copied[group]) {
+      const int64_t own = pools_[group].take(spare);
       caches_.copy_block(cache.groups[group].layers, table[written], own);
       pools_[group].drop(table[written]);
       table[written] = own;
+      --more;
     }
-    for (int64_t more = missing(group); more > 0; --more) {
-      table.push_back(pools_[group].take());
+    for (; more > 0; --more) {
+      table.push_back(pools_[group].take(spare));
     }
   }
   return true;
@@ -214,12 +259,28 @@ std::vector<Feed> Engine::plan(const std::vector<TokenSequence*>& sequences) {
   std::stable_partition(order.begin(), order.end(), [](const TokenSequence* sequence) { return sequence->pending() == 1; });
   std::vector<Feed> out;
   int64_t budget = limits.max_step_tokens;
+  std::set<PrefixCache::Block> coming;  // blocks that this step fills
   for (TokenSequence* sequence : order) {
+    if (budget == 0) {
+      break;
+    }
+    const int64_t last = sequence->length() - 1;  // whose logits are wanted, so that it runs
+    if (sequence->pending() > 1) {
+      reused_tokens_ += prefixes_.adopt(*sequence, last);
+    }
+    PrefixCache::Block following;
+    const bool fills = prefixes_.next_block(*sequence, following);
+    if (fills && coming.count(following) && last >= prefixes_.end(following)) {
+      continue;  // the next step finds it
+    }
     int64_t count = std::min({sequence->pending(), chunk, budget});
     while (count && !secure(*sequence, count)) {
       count /= 2;
     }
     if (count) {
+      if (fills && sequence->cached + count >= prefixes_.end(following)) {
+        coming.insert(following);
+      }
       out.push_back({sequence, count});
       budget -= count;
     }
@@ -257,9 +318,12 @@ at::Tensor Engine::advance(const std::vector<TokenSequence*>& sequences) {
     const at::Tensor found = run(feeds, rows.empty() ? std::vector<int64_t>{0} : rows);
     ++steps_;
     for (const Feed& feed : feeds) {
+      const int64_t before = feed.sequence->cached;
       feed.sequence->cached += feed.count;
+      prefixes_.record(*feed.sequence, before);
       free_old(*feed.sequence);
     }
+    prefixes_.settle();
     for (size_t row = 0; row < places.size(); ++row) {
       logits.select(0, places[row]).copy_(found.select(0, static_cast<int64_t>(row)));
     }
@@ -350,6 +414,11 @@ int64_t Engine::used_blocks() const {
 int64_t Engine::steps() const {
   const std::lock_guard guard(lock_);
   return steps_;
+}
+
+int64_t Engine::reused_tokens() const {
+  const std::lock_guard guard(lock_);
+  return reused_tokens_;
 }
 
 Failure Engine::full(const TokenSequence& sequence) const {

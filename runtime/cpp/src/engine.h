@@ -7,6 +7,7 @@
 #include "cache.h"
 #include "failure.h"
 #include "manifest.h"
+#include "prefix.h"
 #include "program.h"
 #include "weights.h"
 
@@ -23,6 +24,7 @@ struct TokenSequence {
   int64_t cached = 0;                        // tokens whose keys and values the blocks hold
   std::vector<std::vector<int64_t>> tables;  // of each group, its blocks in order
   std::vector<int64_t> live;                 // of each group, the first entry that is still held; those before it read 0
+  Prefix* prefix = nullptr;                  // its last full block, as the PrefixCache knows it
 
   int64_t length() const { return static_cast<int64_t>(tokens.size()); }
   int64_t pending() const { return length() - cached; }
@@ -38,10 +40,10 @@ struct Feed {
 class Engine {
  public:
   // `step` runs anything, `decode`, where there is one, a token for each of up to `most_decodes` sequences. `threads` 0 leaves
-  // torch's setting.
+  // torch's setting. Blocks of up to `prefix_cache_bytes` bytes stay when no sequence holds them, for those that begin alike.
   Engine(
-      const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t chunk, at::Device device, int threads,
-      std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
+      const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t prefix_cache_bytes, int64_t chunk,
+      at::Device device, int threads, std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
   );
 
   // Return an empty sequence.
@@ -66,6 +68,7 @@ class Engine {
 
   int64_t used_blocks() const;
   int64_t steps() const;
+  int64_t reused_tokens() const;
 
   const CacheSpec cache;
   const Limits limits;
@@ -76,7 +79,9 @@ class Engine {
  private:
   bool remembers(const TokenSequence& sequence, int64_t length) const;
   bool secure(TokenSequence& sequence, int64_t count);
+  bool is_short(const std::vector<int64_t>& needs) const;
   void drop_all(TokenSequence& sequence);
+  void cut(TokenSequence& sequence, int64_t length);
   void shrink();
   void free_old(TokenSequence& sequence);
   std::vector<Feed> plan(const std::vector<TokenSequence*>& sequences);
@@ -92,8 +97,10 @@ class Engine {
   const int64_t most_sequences_;
   mutable std::mutex lock_;
   std::vector<BlockPool> pools_;
+  PrefixCache prefixes_;
   Caches caches_;
   int64_t steps_ = 0;
+  int64_t reused_tokens_ = 0;
 };
 
 }  // namespace oxfuse::internal

@@ -105,6 +105,12 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
   if (options.cache_bytes > static_cast<uint64_t>(INT64_MAX)) {
     throw Failure(OXFUSE_BAD_ARGUMENT, "cache_bytes is " + std::to_string(options.cache_bytes) + ": give less than 2**63.");
   }
+  if (options.prefix_cache_bytes < -1) {
+    throw Failure(
+        OXFUSE_BAD_ARGUMENT, "prefix_cache_bytes is " + std::to_string(options.prefix_cache_bytes) +
+                                 ": give a number of bytes, 0 for none, or -1 for the default."
+    );
+  }
   const std::lock_guard guard(loading());
   const std::filesystem::path folder(path);
   auto model = std::make_shared<Model>();
@@ -179,7 +185,7 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
     most_decodes = range == decode->dims.end() ? 0 : range->second.max;
   }
   model->engine = std::make_unique<Engine>(
-      manifest, limits, size, chunk, device, options.threads, std::move(loaded), std::move(fast), most_decodes
+      manifest, limits, size, prefix_bound(size, gpu, options.prefix_cache_bytes), chunk, device, options.threads, std::move(loaded), std::move(fast), most_decodes
   );
   if (gpu) {
     model->engine->try_largest_step();
