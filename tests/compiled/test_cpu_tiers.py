@@ -19,7 +19,7 @@ from ..checkpoints import random_gpt_oss
 from .held_out import held_out
 
 BUNDLED = Path(__file__).parents[2] / "artifacts" / "tiny-gpt-oss"
-ROUNDING = 0.05
+ROUNDING = 0.1
 """Of the whole error: what may be left against the oracle with the same weights and rounded activations. The arithmetic differs
 in the last bits alone, but now and then that moves a value over the edge between two of its 255 steps."""
 
