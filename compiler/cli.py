@@ -106,7 +106,7 @@ COLORS = {"ok": "green", "warning": "yellow", "missing": "red"}
     show_default=True,
     section="Numerics",
     shell_complete=one_of(*POLICIES["activations"]),
-    help="How activations are computed; int8 loses, and is for target cpu: what MXFP4 experts and dense weights of 8 bits multiply.",
+    help="How activations are computed; int8 loses, and is for target cpu: of what MXFP4 and dense weights of 8 bits multiply.",
 )
 @option(
     "--dense",

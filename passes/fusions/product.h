@@ -30,8 +30,8 @@ struct DenseRows {
 // Buffers of one thread.
 struct Scratch {
   std::unique_ptr<Floats[]> acc{new Floats[BATCH * NR]};
-  std::unique_ptr<float[]> decoded{new float[NR * CHUNK]};
-  std::unique_ptr<bfloat16[]> halves{new bfloat16[NR * CHUNK]};
+  Buffer<float> decoded = buffer<float>(NR * CHUNK);
+  Buffer<bfloat16> halves = buffer<bfloat16>(NR * CHUNK);
   float tile[BATCH * NR];  // [m][r]: what `product` leaves
 };
 
