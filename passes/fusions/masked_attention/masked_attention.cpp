@@ -50,15 +50,18 @@ class Given {
 // Keys and values of one sequence and KV head, `k_stride` and `v_stride` values apart.
 template <class T>
 struct Strided {
-  const T *keys, *values;
+  const T *all_keys, *all_values;
   int64_t k_stride, v_stride, dim;
-  int64_t fill(int64_t key, int64_t end, int64_t tile, float* keys_out, float* values_out) const {
-    const int64_t width = whole(dim, LANES);
+  int64_t keys(int64_t key, int64_t end, int64_t tile, float* to) const {
     for (int64_t i = key - tile; i < end - tile; ++i) {
-      const T* row = keys + (tile + i) * k_stride;
-      for (int64_t d = 0; d < dim; ++d) keys_out[d * TILE + i] = widen(row[d]);
-      widen_all(values + (tile + i) * v_stride, dim, values_out + i * width);
+      const T* row = all_keys + (tile + i) * k_stride;
+      for (int64_t d = 0; d < dim; ++d) to[d * TILE + i] = widen(row[d]);
     }
+    return end - key;
+  }
+  int64_t values(int64_t key, int64_t end, float* to) const {
+    const int64_t width = whole(dim, LANES);
+    for (int64_t i = key; i < end; ++i, to += width) widen_all(all_values + i * v_stride, dim, to);
     return end - key;
   }
   void lines(int64_t, int64_t, Lines&) const {}  // at equal distances: the processor sees by itself what comes next

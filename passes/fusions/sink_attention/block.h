@@ -22,7 +22,8 @@ constexpr int WIDE = 1;  // a vector of ours takes two of its 16 registers
 #else
 constexpr int WIDE = LANES == 16 ? 4 : 2;  // vectors of one register tile
 #endif
-constexpr int64_t BLOCK_ROWS = 192;  // query rows (tokens times heads of a group) that share a decoded tile
+constexpr int64_t BLOCK_ROWS = 384;  // query rows (tokens times heads of a group) that share a decoded tile
+constexpr int64_t FEW = 2 * STRIP;    // rows whose scores of a tile are held at once
 constexpr float LOG2E = 1.44269504f;
 static_assert(TILE % LANES == 0 && SEGMENT % TILE == 0 && STRIP <= LANES, "a tile is whole vectors, a segment whole tiles");
 
@@ -90,6 +91,7 @@ inline Ints load_count() {  // 0, 1, 2, ...
 template <class T>
 void widen_all(const T* from, int64_t count, float* to) {
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = widen(from[i]);
 }
@@ -167,24 +169,24 @@ struct State {
   Aligned top, out;
   std::vector<Floats> total;
   State(int64_t rows, int64_t width) : top(rows + LANES), out(rows * width), total(rows) {}
-  void clear(int64_t rows, int64_t width) {
+  void clear(int64_t rows) {
     std::fill_n(top.data(), rows, -INFINITY);
-    std::fill_n(out.data(), rows * width, 0.f);
     std::fill_n(total.begin(), rows, Floats{});
   }
+  void clear_out(int64_t values) { std::fill_n(out.data(), values, 0.f); }
 };
 
 // Attention of up to `tokens` tokens of one sequence with the `group` query heads that share a KV head.
 //
-// A `view` is `Causal`, or has its members. A `source` has two: fill(key, end, tile, keys, values) decodes the keys from `key` on, as many
-// below `end` as lie in one piece, to keys[d * TILE + i] and values[i * width + d] in float32 for key tile + i, and returns their number;
-// `width` is dim in whole vectors. What it leaves for keys outside of [key, end) may be anything. lines(key, end, to) names the memory
-// that fill would read. `then(to)` names what the thread will read after this block.
+// A `view` is `Causal`, or has its members. A `source` has three, which decode to float32 from `key` on, as many keys below `end` as lie in
+// one piece, and return their number: keys(key, end, tile, to) to to[d * TILE + i] for key tile + i, what it leaves for others may be
+// anything; values(key, end, to) to to[i * width + d] for key + i, where `width` is dim in whole vectors; lines(key, end, to) names the
+// memory that both would read. `then(to)` names what the thread will read after this block.
 template <class T>
 class Block {
  public:
   Block(int64_t tokens, int64_t group, int64_t dim)
-      : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim), keys_(dim * TILE), values_(TILE * width_),
+      : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim), keys_(TILE * width_), values_(TILE * width_),
         token_(tokens * group), part_(tokens * group, width_), all_(tokens * group, width_), lines_(std::max<int64_t>(dim, TILE)) {
     for (int64_t r = 0; r < tokens * group; ++r) token_[r] = static_cast<int>(r / group);
   }
@@ -194,10 +196,11 @@ class Block {
   void run(const Queries<T>& to, const View& view, const Source& source, Then&& then) {
     for (const bool alone : {false, true}) {
       start<View>(to);
-      const int64_t end = view.end(0, to.tokens - 1);
-      for (int64_t key = view.begin(0, to.tokens - 1); key < end; key = (key / SEGMENT + 1) * SEGMENT) {
+      const int64_t begin = view.begin(0, to.tokens - 1), end = view.end(0, to.tokens - 1);
+      if (begin >= end) all_.clear_out(rows_ * width_);
+      for (int64_t key = begin; key < end; key = (key / SEGMENT + 1) * SEGMENT) {
         walk(view, source, key, std::min(end, (key / SEGMENT + 1) * SEGMENT), end, alone, then);
-        merge<View>(part_);
+        merge<View>(part_, key <= begin);
       }
       if (finish(to) || alone) return;
       // A weight of 0 does not hide infinity and NaN, so each row takes the keys that it sees, and not those of its strip.
@@ -218,7 +221,7 @@ class Block {
   template <class View>
   bool join(const Queries<T>& to, const State* states, int64_t count) {
     start<View>(to);
-    for (int64_t i = 0; i < count; ++i) merge<View>(states[i]);
+    for (int64_t i = 0; i < count; ++i) merge<View>(states[i], i == 0);
     return finish(to);
   }
 
@@ -235,7 +238,7 @@ class Block {
   void start(const Queries<T>& to) {
     const float factor = View::MASKED ? 1.f : LOG2E, scale = to.scale * factor;
     rows_ = to.tokens * group_;
-    all_.clear(rows_, width_);
+    all_.clear(rows_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t head = r - token_[r] * group_;
       if (to.sink) all_.top[r] = to.sink[head] * factor, all_.total[r][0] = 1.f;
@@ -250,13 +253,40 @@ class Block {
   // Leaves in part_ the state over the keys [first, end) of one segment. The tokens see keys up to `last`: these are asked for ahead.
   template <class View, class Source, class Then>
   void walk(const View& view, const Source& source, int64_t first, int64_t end, int64_t last, bool alone, Then&& then) {
-    part_.clear(rows_, width_);
+    part_.clear(rows_);
+    part_.clear_out(rows_ * width_);
     const int64_t strips = (rows_ + STRIP - 1) / STRIP;  // of about the same height
     const int64_t low_height = alone ? 1 : rows_ / strips, higher = alone ? 0 : rows_ % strips;
+    // Few rows take a tile of values in the place of its keys, when all have their scores: one is then in the first-level cache with what it
+    // is decoded from. Many rows would not have their scores there.
+    const bool few = rows_ <= FEW;
+    float* values = few ? keys_.data() : values_.data();
     for (int64_t tile = first / TILE * TILE; tile < end; tile += TILE) {
       const int64_t next = tile + TILE;
-      for (int64_t key = std::max(first, tile); key < std::min(end, next);)
-        key += source.fill(key, std::min(end, next), tile, keys_.data(), values_.data());
+      const auto fill = [&](auto&& piece) {
+        for (int64_t key = std::max(first, tile); key < std::min(end, next);) key += piece(key, std::min(end, next));
+      };
+      const auto fill_values = [&] { fill([&](int64_t key, int64_t stop) { return source.values(key, stop, values + (key - tile) * width_); }); };
+      const auto each_strip = [&](auto&& act) {  // act(first row, rows, the keys of the tile that any of them sees, scores, keep)
+        float *scores = scores_, *keep = keep_;
+        for (int64_t r = 0, strip = 0; r < rows_; ++strip) {
+          const int64_t some = low_height + (strip < higher);
+          const int64_t begin = std::max(view.begin(token_[r], token_[r + some - 1]), tile) - tile;
+          const int64_t stop = std::min(view.end(token_[r], token_[r + some - 1]), next) - tile;
+          if (begin < stop) act(r, some, begin, stop, scores, keep);
+          r += some;
+          if (few) scores += some * TILE, keep += LANES;
+        }
+      };
+      const auto score = [&](int64_t r, int64_t some, int64_t begin, int64_t stop, float* scores, float* keep) {
+        const int low = static_cast<int>(begin / LANES * LANES), high = static_cast<int>(whole(stop, LANES));
+        outer_all(some, (high - low) / LANES, &query_[r * dim_], dim_, &keys_[low], TILE, dim_, nullptr, scores + low, TILE, lines_.take(dim_));
+        softmax(view, r, some, tile, low, high, scores, keep);
+      };
+      const auto add = [&](int64_t r, int64_t some, int64_t begin, int64_t stop, float* scores, float* keep) {
+        outer_all(some, width_ / LANES, scores + begin, TILE, values + begin * width_, width_, stop - begin, keep, &part_.out[r * width_], width_,
+                  lines_.take(stop - begin));
+      };
       lines_.clear();
       if (next < last) {
         source.lines(next, std::min(last, next + TILE), lines_);
@@ -264,18 +294,14 @@ class Block {
         then(lines_);
       }
       lines_.end();
-      for (int64_t r = 0, strip = 0; r < rows_; ++strip) {
-        const int64_t some = low_height + (strip < higher);
-        const int64_t begin = std::max(view.begin(token_[r], token_[r + some - 1]), tile) - tile;
-        const int64_t stop = std::min(view.end(token_[r], token_[r + some - 1]), next) - tile;
-        if (begin < stop) {
-          const int low = static_cast<int>(begin / LANES * LANES), high = static_cast<int>(whole(stop, LANES));
-          outer_all(some, (high - low) / LANES, &query_[r * dim_], dim_, &keys_[low], TILE, dim_, nullptr, scores_ + low, TILE, lines_.take(dim_));
-          softmax(view, r, some, tile, low, high);
-          outer_all(some, width_ / LANES, scores_ + begin, TILE, &values_[begin * width_], width_, stop - begin, keep_, &part_.out[r * width_],
-                    width_, lines_.take(stop - begin));
-        }
-        r += some;
+      fill([&](int64_t key, int64_t stop) { return source.keys(key, stop, tile, keys_.data()); });
+      if (few) {
+        each_strip(score);
+        fill_values();
+        each_strip(add);
+      } else {
+        fill_values();
+        each_strip([&](auto... of) { score(of...), add(of...); });
       }
     }
   }
@@ -283,11 +309,11 @@ class Block {
   // Turns the scores of `some` rows from r on, of the keys [low, high) of the tile, into weights relative to the rows' running maxima, 0
   // for keys that a row does not see.
   template <class View>
-  void softmax(const View& view, int64_t r, int64_t some, int64_t tile, int low, int high) {
+  void softmax(const View& view, int64_t r, int64_t some, int64_t tile, int low, int high, float* scores, float* keep) {
     float shift[LANES];
     store(shift, splat(-INFINITY));
     for (int64_t m = 0; m < some; ++m) {
-      float* s = scores_ + m * TILE;
+      float* s = scores + m * TILE;
       const int token = token_[r + m];
       const int first = static_cast<int>(std::max<int64_t>(view.begin(token, token) - tile, low));
       const int last = static_cast<int>(std::max<int64_t>(first, std::min<int64_t>(view.end(token, token) - tile, high)));
@@ -312,12 +338,12 @@ class Block {
     float* tops = &part_.top[r];  // of more rows than the strip's, whose shift is -inf: they stay as they are
     const Floats before = load(tops), found = load(shift), top = larger(found, before);
     const Floats base = top == -INFINITY ? Floats{} : top;
-    store(keep_, weight<View>(before - base));
+    store(keep, weight<View>(before - base));
     store(shift, base);
     store(tops, top);
     for (int64_t m = 0; m < some; ++m) {
-      float* s = scores_ + m * TILE;
-      Floats total = part_.total[r + m] * keep_[m];
+      float* s = scores + m * TILE;
+      Floats total = part_.total[r + m] * keep[m];
       for (int j = low; j < high; j += LANES) {
         const Floats x = weight<View>(load(s + j) - shift[m]);
         store(s + j, x);
@@ -327,17 +353,18 @@ class Block {
     }
   }
 
-  // Adds the state of the next segment to all_.
+  // Adds the state of the next segment to all_, which has no values yet where it is the first.
   template <class View>
-  void merge(const State& part) {
+  void merge(const State& part, bool first) {
     for (int64_t r = 0; r < rows_; r += LANES) {
       const Floats a = load(&all_.top[r]), b = load(&part.top[r]), top = larger(a, b), base = top == -INFINITY ? Floats{} : top;
       const Floats of_a = weight<View>(a - base), of_b = weight<View>(b - base);
       store(&all_.top[r], top);
       for (int64_t i = r; i < std::min(rows_, r + LANES); ++i) {
         all_.total[i] = all_.total[i] * of_a[i - r] + part.total[i] * of_b[i - r];
+        const float *more = &part.out[i * width_], keep = of_a[i - r], factor = of_b[i - r];
         float* out = &all_.out[i * width_];
-        for (int64_t d = 0; d < width_; d += LANES) store(out + d, load(out + d) * of_a[i - r] + load(&part.out[i * width_ + d]) * of_b[i - r]);
+        for (int64_t d = 0; d < width_; d += LANES) store(out + d, (first ? Floats{} : load(out + d) * keep) + load(more + d) * factor);
       }
     }
   }
@@ -369,7 +396,7 @@ class Block {
   std::vector<int> token_;  // of each row
   State part_, all_;        // of a segment, and of all so far
   Lines lines_;
-  alignas(64) float scores_[STRIP * TILE], keep_[LANES];
+  alignas(64) float scores_[FEW * TILE], keep_[FEW * LANES];
   int64_t rows_ = 0;
 };
 

@@ -12,11 +12,11 @@ namespace oxfuse {
 constexpr int64_t ITEMS = 4;              // blocks for each thread that are enough for all to end at about the same time
 constexpr int64_t MOST_PARTS = 16 << 20;  // float32 values of states that threads may leave to each other
 
-// Keys and values of one sequence and KV head in the paged cache. `keys` and `values` are the head's of block 0.
+// Keys and values of one sequence and KV head in the paged cache: `all_keys` and `all_values` are the head's of block 0.
 template <class T>
 struct Pages {
   const int64_t* table;
-  const T *keys, *values;
+  const T *all_keys, *all_values;
   int64_t kv_heads, block_size, dim;
 
   struct Piece {
@@ -26,30 +26,38 @@ struct Pages {
     const int64_t column = key / block_size, first = key - column * block_size;
     return {table[column] * kv_heads * dim * block_size, first, std::min(block_size - first, end - key)};
   }
-  int64_t fill(int64_t key, int64_t end, int64_t tile, float* keys_out, float* values_out) const {
+  int64_t keys(int64_t key, int64_t end, int64_t tile, float* to) const {
     const auto [offset, first, count] = piece(key, end);
-    const int64_t width = whole(dim, LANES), place = key - tile;
-    const T *from = keys + offset, *rows = values + offset + first * dim;
-    if (block_size % LANES == 0) {  // whole vectors, wherever the keys begin and end
+    const T* from = all_keys + offset;
+    const int64_t rows = dim, apart = block_size;  // beside `this`, which what is stored might lie over
+    to += key - tile;
+    if (apart % LANES == 0) {  // whole vectors, wherever the keys begin and end
       const int64_t low = first / LANES * LANES;
-      float* to = keys_out + place - (first - low);
+      to -= first - low;
       for (int64_t i = low; i < first + count; i += LANES, to += LANES)
-        for (int64_t d = 0; d < dim; ++d) store(to + d * TILE, load(from + d * block_size + i));
+#pragma GCC unroll 4
+        for (int64_t d = 0; d < rows; ++d) store(to + d * TILE, load(from + d * apart + i));
     } else {
-      for (int64_t d = 0; d < dim; ++d) widen_all(from + d * block_size + first, count, keys_out + d * TILE + place);
+      for (int64_t d = 0; d < rows; ++d) widen_all(from + d * apart + first, count, to + d * TILE);
     }
+    return count;
+  }
+  int64_t values(int64_t key, int64_t end, float* to) const {
+    const auto [offset, first, count] = piece(key, end);
+    const int64_t width = whole(dim, LANES);
+    const T* from = all_values + offset + first * dim;
     if (dim == width) {
-      widen_all(rows, count * dim, values_out + place * width);
+      widen_all(from, count * dim, to);
     } else {
-      for (int64_t i = 0; i < count; ++i) widen_all(rows + i * dim, dim, values_out + (place + i) * width);
+      for (int64_t i = 0; i < count; ++i) widen_all(from + i * dim, dim, to + i * width);
     }
     return count;
   }
   void lines(int64_t key, int64_t end, Lines& to) const {
     while (key < end) {
       const auto [offset, first, count] = piece(key, end);
-      to.add(keys + offset, dim * block_size * sizeof(T));  // their rows cross all of it
-      to.add(values + offset + first * dim, count * dim * sizeof(T));
+      to.add(all_keys + offset, dim * block_size * sizeof(T));  // their rows cross all of it
+      to.add(all_values + offset + first * dim, count * dim * sizeof(T));
       key += count;
     }
   }
