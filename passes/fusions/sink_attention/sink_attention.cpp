@@ -179,11 +179,13 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
     // Where there are few blocks for so many threads, these share the segments of a block.
     const bool split = static_cast<int64_t>(all.size()) < ITEMS * threads && threads > 1 && parts.size() > all.size() && rows * width <= MOST_PARTS;
     const auto source = [&](const Item& item) {
-      return Pages<T>{table + owner[item.token] * columns, keys + item.kv * dim * block_size, values + item.kv * dim * block_size, kv_heads, block_size, dim};
+      const int64_t head = item.kv * dim * block_size;
+      return Pages<T>{table + owner[item.token] * columns, keys + head, values + head, kv_heads, block_size, dim};
     };
     const auto to = [&](const Item& item) {
       const int64_t at = (item.token * heads + item.kv * group) * dim;
-      return Queries<T>{queries + at, heads * dim, dim, item.count, sink ? &sinks[item.kv * group] : nullptr, static_cast<float>(scale), results + at, heads * dim};
+      return Queries<T>{queries + at, heads * dim, dim, item.count, sink ? &sinks[item.kv * group] : nullptr, static_cast<float>(scale),
+                        results + at, heads * dim};
     };
     // Calls each(block, item, its place, then) for all items.
     const auto share = [&](const std::vector<Item>& items, auto&& each) {
@@ -197,7 +199,8 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
             if (following >= count) return;
             const Item& item = items[following];
             const Causal seen = view(item);
-            const int64_t key = std::max(seen.begin(0, 0), item.segment * SEGMENT), end = std::min(seen.end(0, item.count - 1), (key / TILE + 1) * TILE);
+            const int64_t key = std::max(seen.begin(0, 0), item.segment * SEGMENT);
+            const int64_t end = std::min(seen.end(0, item.count - 1), (key / TILE + 1) * TILE);
             source(item).lines(key, end, lines);
           });
           i = following;
