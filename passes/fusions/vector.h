@@ -89,6 +89,7 @@ Floats load(const T* x, int64_t count) {
   return load(part);
 }
 inline void store(float* out, Floats x) { std::memcpy(out, &x, sizeof(x)); }
+inline void store(bfloat16* out, Floats x) { store_narrow(out, x); }
 
 // `-0.0 + x` is x for every x, so the tree needs no special first step.
 inline float sum(Floats x) {
@@ -102,6 +103,17 @@ inline float sum(Floats x) {
   Quarter total = four[0];
   for (int i = 1; i < LANES / 8; ++i) total += four[i];
   return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+// a > b ? a : b, one instruction where GCC 12 makes two. Where one is NaN, b.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
 }
 
 // e^x within 2 units in the last place; 0 below -87.3, 2.4e38 above 88.3, NaN stays NaN.
@@ -120,6 +132,21 @@ inline Floats exp(Floats x) {
   y = y * f + 1.f;
   const Floats power = (Floats)(((Bits)rounded + 127) << 23);
   return x < -87.3f ? Floats{} : y * power;
+}
+
+// 2^x within 3 units of 2^-24, for x up to 127: 1 at 0, 0 below -126.5, NaN stays NaN. With e^x = 2^(x * log2 e) the factor can be part of a
+// scale that is applied anyway, and there is less to reduce than for `exp`. The coefficients make the relative error least on [-1/2, 1/2].
+inline Floats exp2(Floats x) {
+  const Floats inside = larger(splat(-127.f), x);
+  const Floats magic = splat(12582912.f + 127.f);  // 1.5 * 2^23 + 127: the low bits of the sum are the exponent of 2^n
+  const Floats rounded = inside + magic, f = inside - (rounded - magic);
+  Floats y = splat(1.3264727e-3f);
+  y = y * f + 9.671513e-3f;
+  y = y * f + 5.5507336e-2f;
+  y = y * f + 2.4022242e-1f;
+  y = y * f + 6.93147e-1f;
+  y = y * f + 1.f;
+  return y * (Floats)((Bits)rounded << 23);
 }
 
 // Weights of a register tile, row by row: `vector(r, k)` gives the values from k on. `fetch(r, k)`

@@ -102,6 +102,10 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
     vectors = 2 if ops.isa == "x86-64-v4" else 4
     assert counts == {(kind, r): vectors * r for kind in made for r in range(1, tall + 1)}
     assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in panels), "accumulators left the registers"
+    strips = re.findall(r"^\w+ <void oxfuse::outer<(\d), (\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
+    counts = {(int(m), int(v)): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, v, body in strips}
+    assert counts == {(m, v): m * v for m in range(1, 7) for v in range(1, 1 + (4 if ops.isa == "x86-64-v4" else 2))}
+    assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in strips), "accumulators left the registers"
     functions = re.findall(r"^\w+ <(.*?)>:\n(.*?)\n\n", text, re.M | re.S)
     where = {re.sub("<.*", "", name).removeprefix("void oxfuse::") for name, body in functions if "vdpbf16ps" in body}
     asking = {"advance_pairs", "advance_panel_pairs", "stream_pairs"}  # they are called where the processor has the instruction
@@ -130,6 +134,15 @@ def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:
     assert dirty[2:6].isnan().all()
     assert torch.equal(dirty[:2], clean[:2]) and torch.equal(dirty[6:], clean[6:])
 
+    for threads in (1, 4):  # which share the segments of a block
+        torch.set_num_threads(threads)
+        q, *rest = case(ATTENTION, "longer than a segment")
+        clean = cpp(ops, "sink_attention")(q, *rest)
+        rest[1][1] = torch.nan  # the second of three new tokens
+        dirty = cpp(ops, "sink_attention")(q, *rest)
+        assert dirty[1:3].isnan().all()
+        assert torch.equal(dirty[0], clean[0]) and torch.equal(dirty[3:], clean[3:])
+
 
 def test_bfloat16_rounds_ties_to_even(ops: OpsBuild) -> None:
     x = torch.arange(0x3F80, 0x3F90, dtype=torch.int16).view(torch.bfloat16).view(1, 1, 16)
@@ -155,15 +168,17 @@ def test_a_token_does_not_depend_on_its_company(ops: OpsBuild) -> None:
 
 def test_a_sequence_does_not_depend_on_how_it_is_cut(ops: OpsBuild) -> None:
     torch.manual_seed(0)
-    q, k, v, sink = torch.randn(150, 6, 16), torch.randn(150, 2, 16), torch.randn(150, 2, 16), torch.randn(6)
+    length = 700  # more than a segment
+    q, k, v, sink = torch.randn(length, 6, 16), torch.randn(length, 2, 16), torch.randn(length, 2, 16), torch.randn(6)
     results = []
     for window in (0, 33):
-        for cuts in ((150,), (1, 60, 1, 88), (149, 1)):
-            caches, rows, done = [torch.full((20, 2, *tail), torch.nan) for tail in ((16, 8), (8, 16))], [], 0
+        for threads, cuts in ((1, (700,)), (1, (1, 60, 1, 449, 2, 187)), (5, (699, 1))):
+            torch.set_num_threads(threads)
+            caches, rows, done = [torch.full((90, 2, *tail), torch.nan) for tail in ((16, 8), (8, 16))], [], 0
             for count in cuts:
                 part = slice(done, done + count)
                 done += count
-                starts, lengths, table = torch.tensor([0, count]), torch.tensor([done]), torch.arange(1, 20)[None]
+                starts, lengths, table = torch.tensor([0, count]), torch.tensor([done]), torch.arange(1, 90)[None]
                 slots = torch.arange(8 + part.start, 8 + part.stop)
                 index = starts, lengths, slots, table
                 rows.append(cpp(ops, "sink_attention")(q[part], k[part], v[part], sink, *caches, *index, window, 0.25))

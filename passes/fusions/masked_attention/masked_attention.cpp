@@ -15,12 +15,12 @@ constexpr float HIDDEN = -1e30f;  // what is added to hide a key is the least va
 // has finite values to add attends to all alike, as in the models that write masks like that.
 class Given {
  public:
+  static constexpr bool MASKED = true;
   Given(int64_t tokens, int64_t length) : length_(whole(length, TILE)), keys_(length), values_(tokens * length_), begin_(tokens), end_(tokens) {}
 
   // Reads `tokens` rows from `mask`, `row` and `column` values apart.
   template <class M>
   void read(const M* mask, int64_t tokens, int64_t row, int64_t column) {
-    first_ = keys_, last_ = 0;
     for (int64_t t = 0; t < tokens; ++t) {
       float* to = &values_[t * length_];
       int64_t begin = keys_, end = 0;
@@ -32,18 +32,10 @@ class Given {
       }
       if (end == 0 && any) begin = 0, end = keys_;
       begin_[t] = begin, end_[t] = end;
-      first_ = std::min(first_, begin), last_ = std::max(last_, end);
     }
   }
-  int64_t begin() const { return first_; }
-  int64_t end() const { return last_; }
-  int64_t begin(int64_t token) const { return begin_[token]; }
-  int64_t end(int64_t token) const { return end_[token]; }
-  bool any(int64_t first, int64_t last, int64_t tile) const {
-    for (int64_t t = first; t <= last; ++t)
-      if (tile < end_[t] && tile + TILE > begin_[t]) return true;
-    return false;
-  }
+  int64_t begin(int64_t first, int64_t last) const { return *std::min_element(&begin_[first], &begin_[last] + 1); }
+  int64_t end(int64_t first, int64_t last) const { return *std::max_element(&end_[first], &end_[last] + 1); }
   const float* added(int64_t token, int64_t tile) const { return &values_[token * length_ + tile]; }
 
  private:
@@ -53,7 +45,26 @@ class Given {
   const int64_t length_, keys_;
   std::vector<float> values_;
   std::vector<int64_t> begin_, end_;
-  int64_t first_ = 0, last_ = 0;
+};
+
+// Keys and values of one sequence and KV head, `k_stride` and `v_stride` values apart.
+template <class T>
+struct Strided {
+  const T *all_keys, *all_values;
+  int64_t k_stride, v_stride, dim;
+  int64_t keys(int64_t key, int64_t end, int64_t tile, float* to) const {
+    for (int64_t i = key - tile; i < end - tile; ++i) {
+      const T* row = all_keys + (tile + i) * k_stride;
+      for (int64_t d = 0; d < dim; ++d) to[d * TILE + i] = widen(row[d]);
+    }
+    return end - key;
+  }
+  int64_t values(int64_t key, int64_t end, float* to) const {
+    const int64_t width = whole(dim, LANES);
+    for (int64_t i = key; i < end; ++i, to += width) widen_all(all_values + i * v_stride, dim, to);
+    return end - key;
+  }
+  void lines(int64_t, int64_t, Lines&) const {}  // at equal distances: the processor sees by itself what comes next
 };
 
 static Tensor with_whole_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : torch::stable::contiguous(x); }
@@ -81,7 +92,6 @@ static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const st
   const int64_t group = heads / kv_heads, most = std::max<int64_t>(1, BLOCK_ROWS / group), runs = (tokens + most - 1) / most;
   const int64_t items = batch * runs * kv_heads, work_size = 2 * batch * tokens * heads * dim * seen;
   const int64_t threads = std::min<int64_t>({items, 1 + work_size / GRAIN, torch::stable::get_num_threads()});
-  const int64_t width = whole(dim, LANES);
   with_type("q", q, [&](auto type) {
     using T = decltype(type);
     const T *queries = data<T>(q_in), *all_keys = data<T>(k_in), *all_values = data<T>(v_in);
@@ -95,18 +105,11 @@ static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const st
         const int64_t kv = item % kv_heads, b = item / kv_heads % batch, first = (runs - 1 - item / kv_heads / batch) * most;
         const int64_t count = std::min(most, tokens - first);
         const T *k_at = all_keys + b * k_in.stride(0) + kv * k_in.stride(2), *v_at = all_values + b * v_in.stride(0) + kv * v_in.stride(2);
-        const int64_t k_stride = k_in.stride(1), v_stride = v_in.stride(1);
-        const auto decode = [=](int64_t key, int64_t end, float* keys_out, float* values_out, Floats* zeros) {
-          for (int64_t i = 0; i < end - key; ++i) {
-            const T* row = k_at + (key + i) * k_stride;
-            for (int64_t d = 0; d < dim; ++d) keys_out[d * TILE + i] = widen(row[d]);
-            *zeros += widen_all(v_at + (key + i) * v_stride, dim, values_out + i * width);
-          }
-          return end - key;
-        };
-        work.run(queries + b * q_in.stride(0) + first * q_in.stride(1) + kv * group * q_in.stride(2), q_in.stride(1), q_in.stride(2), count,
-                 view(b, first, count), sink ? &sinks[kv * group] : nullptr, static_cast<float>(scale), decode,
-                 results + ((b * tokens + first) * heads + kv * group) * dim, heads * dim);
+        const Strided<T> source{k_at, v_at, k_in.stride(1), v_in.stride(1), dim};
+        const Queries<T> to{queries + b * q_in.stride(0) + first * q_in.stride(1) + kv * group * q_in.stride(2), q_in.stride(1), q_in.stride(2), count,
+                            sink ? &sinks[kv * group] : nullptr, static_cast<float>(scale), results + ((b * tokens + first) * heads + kv * group) * dim,
+                            heads * dim};
+        work.run(to, view(b, first, count), source, [](Lines&) {});
       }
     });
   });

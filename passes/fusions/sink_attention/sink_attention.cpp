@@ -1,12 +1,67 @@
 // oxfuse::sink_attention on the CPU: paged, causal, grouped queries, sinks, window; its meaning is in reference.py.
 //
-// One work item is a block of tokens of one sequence and a KV head (block.h). Tiles of keys begin at multiples of their length in the
-// sequence, so that a token's result does not depend on how the sequence was cut into steps.
+// One work item is a block of tokens of one sequence and a KV head (block.h), or a segment of its keys where these are too few for the
+// threads. Tiles and segments begin at multiples of their length in the sequence, so that a token's result does not depend on how the
+// sequence was cut into steps, nor on the number of threads.
 #include <atomic>
 
 #include "block.h"
 
 namespace oxfuse {
+
+constexpr int64_t ITEMS = 4;              // blocks for each thread that are enough for all to end at about the same time
+constexpr int64_t MOST_PARTS = 16 << 20;  // float32 values of states that threads may leave to each other
+
+// Keys and values of one sequence and KV head in the paged cache: `all_keys` and `all_values` are the head's of block 0.
+template <class T>
+struct Pages {
+  const int64_t* table;
+  const T *all_keys, *all_values;
+  int64_t kv_heads, block_size, dim;
+
+  struct Piece {
+    int64_t offset, first, count;  // of the head's keys and values in block 0, the first key's place in the block, keys
+  };
+  Piece piece(int64_t key, int64_t end) const {
+    const int64_t column = key / block_size, first = key - column * block_size;
+    return {table[column] * kv_heads * dim * block_size, first, std::min(block_size - first, end - key)};
+  }
+  int64_t keys(int64_t key, int64_t end, int64_t tile, float* to) const {
+    const auto [offset, first, count] = piece(key, end);
+    const T* from = all_keys + offset;
+    const int64_t rows = dim, apart = block_size;  // beside `this`, which what is stored might lie over
+    to += key - tile;
+    if (apart % LANES == 0) {  // whole vectors, wherever the keys begin and end
+      const int64_t low = first / LANES * LANES;
+      to -= first - low;
+      for (int64_t i = low; i < first + count; i += LANES, to += LANES)
+#pragma GCC unroll 4
+        for (int64_t d = 0; d < rows; ++d) store(to + d * TILE, load(from + d * apart + i));
+    } else {
+      for (int64_t d = 0; d < rows; ++d) widen_all(from + d * apart + first, count, to + d * TILE);
+    }
+    return count;
+  }
+  int64_t values(int64_t key, int64_t end, float* to) const {
+    const auto [offset, first, count] = piece(key, end);
+    const int64_t width = whole(dim, LANES);
+    const T* from = all_values + offset + first * dim;
+    if (dim == width) {
+      widen_all(from, count * dim, to);
+    } else {
+      for (int64_t i = 0; i < count; ++i) widen_all(from + i * dim, dim, to + i * width);
+    }
+    return count;
+  }
+  void lines(int64_t key, int64_t end, Lines& to) const {
+    while (key < end) {
+      const auto [offset, first, count] = piece(key, end);
+      to.add(all_keys + offset, dim * block_size * sizeof(T));  // their rows cross all of it
+      to.add(all_values + offset + first * dim, count * dim * sizeof(T));
+      key += count;
+    }
+  }
+};
 
 static void check_cache(const char* name, const Tensor& cache, const Tensor& k) {
   OXFUSE_CHECK(cache.dim() == 4 && cache.is_contiguous(),
@@ -82,18 +137,11 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
         }
       }
     });
-    const int64_t width = whole(dim, LANES);
-    const auto decode = [&](int64_t sequence, int64_t kv) {
-      return [=](int64_t key, int64_t end, float* keys_out, float* values_out, Floats* zeros) {
-        const int64_t column = key / block_size, first = key - column * block_size, count = std::min(block_size - first, end - key);
-        const int64_t offset = (table[sequence * columns + column] * kv_heads + kv) * dim * block_size;
-        for (int64_t d = 0; d < dim; ++d) widen_all(keys + offset + first + d * block_size, count, keys_out + d * TILE);
-        for (int64_t i = 0; i < count; ++i) *zeros += widen_all(values + offset + (first + i) * dim, dim, values_out + i * width);
-        return count;
-      };
-    };
     const T* queries = data<T>(q_in);
     T* results = static_cast<T*>(out.data_ptr());
+    for (int64_t t = 0; t < tokens; ++t)
+      if (index[t] < 0) std::fill_n(results + t * heads * dim, heads * dim, T{});
+
     std::vector<std::pair<int64_t, int64_t>> runs;  // first token and number of tokens of each block
     const int64_t most = std::max<int64_t>(1, BLOCK_ROWS / group);
     int64_t longest = 1;
@@ -106,21 +154,74 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
         work_size += 2 * count * heads * dim * (window ? std::min(window + count, seen) : seen);
       }
     }
-    for (int64_t t = 0; t < tokens; ++t)
-      if (index[t] < 0) std::fill_n(results + t * heads * dim, heads * dim, T{});
-
     // Late blocks see the most keys, so they come first; whoever is done takes the next.
     std::sort(runs.begin(), runs.end(), [&](const auto& a, const auto& b) { return index[a.first] > index[b.first]; });
-    const int64_t items = static_cast<int64_t>(runs.size()) * kv_heads;
-    std::atomic<int64_t> next{0};
-    parallel_for(0, std::min<int64_t>({items, 1 + work_size / GRAIN, torch::stable::get_num_threads()}), 1, [&](int64_t, int64_t) {
-      Block<T> work(longest, group, dim);
-      for (int64_t item; (item = next.fetch_add(1)) < items;) {
-        const auto [t, count] = runs[item / kv_heads];
-        const int64_t kv = item % kv_heads, at = (t * heads + kv * group) * dim;
-        work.run(queries + at, heads * dim, dim, count, Causal{index[t], count, window}, sink ? &sinks[kv * group] : nullptr,
-                 static_cast<float>(scale), decode(owner[t], kv), results + at, heads * dim);
+    struct Item {
+      int64_t token, count, kv, segment;  // the whole run where `segment` is -1
+    };
+    const auto view = [&](const Item& item) { return Causal{index[item.token], item.count, window}; };
+    const auto segments = [&](const Item& item) {  // that any of its tokens sees: the first one, and their number
+      const Causal seen = view(item);
+      const int64_t first = seen.begin(0, 0) / SEGMENT, last = (seen.end(0, item.count - 1) - 1) / SEGMENT;
+      return std::pair(first, last - first + 1);
+    };
+    std::vector<Item> all, parts;
+    int64_t rows = 0;  // of all parts
+    for (const auto& [t, count] : runs) {
+      for (int64_t kv = 0; kv < kv_heads; ++kv) {
+        all.push_back({t, count, kv, -1});
+        const auto [first, number] = segments(all.back());
+        for (int64_t segment = first; segment < first + number; ++segment) parts.push_back({t, count, kv, segment});
+        rows += number * count * group;
       }
+    }
+    const int64_t threads = std::min<int64_t>(1 + work_size / GRAIN, torch::stable::get_num_threads()), width = whole(dim, LANES);
+    // Where there are few blocks for so many threads, these share the segments of a block.
+    const bool split = static_cast<int64_t>(all.size()) < ITEMS * threads && threads > 1 && parts.size() > all.size() && rows * width <= MOST_PARTS;
+    const auto source = [&](const Item& item) {
+      const int64_t head = item.kv * dim * block_size;
+      return Pages<T>{table + owner[item.token] * columns, keys + head, values + head, kv_heads, block_size, dim};
+    };
+    const auto to = [&](const Item& item) {
+      const int64_t at = (item.token * heads + item.kv * group) * dim;
+      return Queries<T>{queries + at, heads * dim, dim, item.count, sink ? &sinks[item.kv * group] : nullptr, static_cast<float>(scale),
+                        results + at, heads * dim};
+    };
+    // Calls each(block, item, its place, then) for all items.
+    const auto share = [&](const std::vector<Item>& items, auto&& each) {
+      const int64_t count = static_cast<int64_t>(items.size());
+      std::atomic<int64_t> next{0};
+      parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+        Block<T> work(longest, group, dim);
+        for (int64_t i = next.fetch_add(1); i < count;) {
+          const int64_t following = next.fetch_add(1);
+          each(work, items[i], i, [&](Lines& lines) {
+            if (following >= count) return;
+            const Item& item = items[following];
+            const Causal seen = view(item);
+            const int64_t key = std::max(seen.begin(0, 0), item.segment * SEGMENT);
+            const int64_t end = std::min(seen.end(0, item.count - 1), (key / TILE + 1) * TILE);
+            source(item).lines(key, end, lines);
+          });
+          i = following;
+        }
+      });
+    };
+    if (!split) {
+      share(all, [&](Block<T>& work, const Item& item, int64_t, auto&& then) { work.run(to(item), view(item), source(item), then); });
+      return;
+    }
+    std::vector<State> states;
+    states.reserve(parts.size());
+    for (const Item& item : parts) states.emplace_back(longest * group, width);
+    share(parts, [&](Block<T>& work, const Item& item, int64_t i, auto&& then) {
+      work.part(to(item), view(item), source(item), item.segment, states[i], then);
+    });
+    std::vector<int64_t> first_part(all.size());
+    for (size_t i = 1; i < all.size(); ++i) first_part[i] = first_part[i - 1] + segments(all[i - 1]).second;
+    share(all, [&](Block<T>& work, const Item& item, int64_t i, auto&&) {
+      if (!work.template join<Causal>(to(item), &states[first_part[i]], segments(item).second))
+        work.run(to(item), view(item), source(item), [](Lines&) {});
     });
   });
   return out;
