@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from oxfuse.compiler.bench.contenders import INT8, INT8_DENSE, LLAMA_BF16, LLAMA_Q8, OURS, PEER
+from oxfuse.compiler.bench.engines import INT8, INT8_DENSE, LLAMA_BF16, LLAMA_Q8, OURS, PEER
 
 if TYPE_CHECKING:
     from oxfuse.compiler.bench.speed_result import SpeedResult

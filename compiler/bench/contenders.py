@@ -7,59 +7,18 @@ the reason why it cannot: a package that is missing, an option that the compiler
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from oxfuse.compiler.bench.cost import Cost, cost_of
-from oxfuse.compiler.bench.gguf_file import BYTES_PER_VALUE, Dense, write_gguf
+from oxfuse.compiler.bench.engines import VARIANTS, EngineSpec
+from oxfuse.compiler.bench.gguf_file import BYTES_PER_VALUE, write_gguf
 from oxfuse.compiler.bench.llama import SCRIPT
 from oxfuse.compiler.phases import Progress
 from oxfuse.compiler.pipeline import compile as compile_checkpoint
 from oxfuse.errors import UserError
 from oxfuse.runtime.manifest import Manifest, read_manifest
-
-OURS, PEER = "oxfuse", "transformers"
-LLAMA_BF16, LLAMA_Q8 = "llama-bf16", "llama-q8"
-INT8, INT8_DENSE = "oxfuse-int8", "oxfuse-int8-dense"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSpec:
-    """An engine by name. `policy`: options of `oxfuse.compile`; `dense`: what llama.cpp's file holds dense matrices in.
-
-    `rival`: which of llama.cpp's rows holds the same weights. `int8`: whether it may multiply in int8, which sets its floor.
-    """
-
-    key: str
-    title: str
-    kind: Literal["oxfuse", "transformers", "llama"]
-    policy: Mapping[str, str] = field(default_factory=dict)
-    dense: Dense = "bf16"
-    rival: str | None = None
-    int8: bool = False
-
-
-VARIANTS = (
-    EngineSpec(key=OURS, title="oxfuse exact", kind="oxfuse", rival=LLAMA_BF16),
-    EngineSpec(
-        key=INT8, title="oxfuse int8 activations", kind="oxfuse", policy={"activations": "int8"}, rival=LLAMA_BF16, int8=True
-    ),
-    EngineSpec(
-        key=INT8_DENSE,
-        title="oxfuse int8 activations, dense",
-        kind="oxfuse",
-        policy={"activations": "int8", "dense": "int8"},
-        rival=LLAMA_Q8,
-        int8=True,
-    ),
-)
-PEERS = (
-    EngineSpec(key=LLAMA_BF16, title="llama.cpp, dense bf16", kind="llama", dense="bf16", int8=True),
-    EngineSpec(key=LLAMA_Q8, title="llama.cpp, dense q8_0", kind="llama", dense="q8_0", int8=True),
-    EngineSpec(key=PEER, title="transformers bf16", kind="transformers"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +37,6 @@ class Contender:
     arguments: tuple[str, ...] = ()
     program: tuple[str, ...] | None = None
     required: bool = False
-
-
-def chosen(specs: Collection[EngineSpec], only: Collection[str], skip: Collection[str]) -> tuple[EngineSpec, ...]:
-    """Return the engines in `only`, or all, but for those in `skip`. Raises UserError for unknown names, and if none of ours stays."""
-    keys = {spec.key for spec in specs}
-    if unknown := sorted({*only, *skip} - keys):
-        raise UserError(f"{unknown[0]} is no engine here: choose among {', '.join(sorted(keys))}.")
-    kept = tuple(spec for spec in specs if (not only or spec.key in only) and spec.key not in skip)
-    if not any(spec.kind == "oxfuse" for spec in kept):
-        raise UserError("--only and --skip leave no engine of oxfuse, whose artifact says what a token costs: keep one.")
-    return kept
 
 
 def compile_variants(

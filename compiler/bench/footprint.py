@@ -13,15 +13,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from oxfuse.compiler.bench.contenders import Contender
 from oxfuse.compiler.bench.cost import Cost
 from oxfuse.compiler.bench.worker_process import Worker, take_quietly
 from oxfuse.compiler.bench.llama import MODULE
 from oxfuse.compiler.bench.probe import ForeignLoad
+from oxfuse.compiler.phases import Progress
 from oxfuse.compiler.process_memory import peak_resident, reset_peak, resident
 from oxfuse.errors import UserError
+
+if TYPE_CHECKING:
+    from oxfuse.compiler.bench.speed import Plan
 
 FIRST_PROMPT = 8  # tokens
 STARTS = 4  # the first warms the page cache, and its time does not count
@@ -74,25 +78,24 @@ def bare_memory(contender: Contender) -> int | None:
     return found
 
 
-def measure_footprint(
-    contender: Contender, prompts: Sequence[int], tokens: int, threads: int, cost: Cost, load: ForeignLoad
-) -> Footprint | None:
-    """Start the engine, give it each prompt and let it decode `tokens` after; then start it again for its time alone.
+def measure_footprint(contender: Contender, plan: Plan, cost: Cost, load: ForeignLoad) -> Footprint | None:
+    """Start the engine, give it each prompt of the plan and let it decode after; then start it again for its time alone.
 
-    Returns None where the system does not tell memory. Raises UserError where the engine cannot run.
+    `load` watches others while it starts: this process's own children are its own once they have ended. Returns None where the system does not tell memory. Raises UserError where the engine cannot run.
     """
     bare = bare_memory(contender)
     if bare is None:
         return None
-    peaks, loads, firsts, discarded = dict[int, int](), list[float](), list[float](), 0
+    peaks, loads, firsts, discarded, threads = dict[int, int](), list[float](), list[float](), 0, plan.threads
     with Worker.of(contender, threads) as engine:
         loading = peak_resident(engine.process.pid) or 0
         if engine.implementations:
             engine.ask(do="choose", implementation=engine.implementations[0])
         reset_peak(engine.process.pid)  # where that is not allowed, the peak of loading is in what follows
-        for prompt in sorted(prompts):
+        for prompt in sorted(plan.prompts):
             engine.ask(do="prefill", tokens=prompt)
-            engine.ask(do="decode", tokens=tokens)
+            if prompt + plan.tokens <= plan.longest:
+                engine.ask(do="decode", tokens=plan.tokens)
             peaks[prompt] = peak_resident(engine.process.pid) or 0
         slow = engine.ask(do="loaded")["seconds"] > SLOW
 
@@ -100,7 +103,8 @@ def measure_footprint(
         with Worker.of(contender, threads) as engine:
             if engine.implementations:
                 engine.ask(do="choose", implementation=engine.implementations[0])
-            return engine.ask(do="loaded")["seconds"], engine.ask(do="prefill", tokens=FIRST_PROMPT)["seconds"]
+            loaded, first = engine.ask(do="loaded"), engine.ask(do="prefill", tokens=FIRST_PROMPT)
+            return float(loaded["seconds"]), float(first["seconds"])
 
     for _ in range(1 if slow else STARTS - 1):
         (loaded, first), disturbed = take_quietly(start, load)
@@ -113,27 +117,23 @@ def measure_footprint(
         bare=bare,
         loading=loading,
         peaks=peaks,
-        caches={prompt: cost.cache_bytes(prompt + tokens) for prompt in peaks},
+        caches={prompt: cost.cache_bytes(prompt + plan.tokens) for prompt in peaks},
         load_seconds=loads,
         first_seconds=firsts,
         discarded=discarded,
     )
 
 
-def foreign_load(patience: float) -> ForeignLoad:
-    """Return a watch over others' load for engines that begin and end between two looks: this process has their time then."""
-    return ForeignLoad(patience=patience, processes=(os.getpid(),))
-
-
 def footprints(
-    contenders: Sequence[Contender], prompts: Sequence[int], tokens: int, threads: int, cost: Cost, wait: float, progress: Any
+    contenders: Sequence[Contender], plan: Plan, cost: Cost, progress: Progress
 ) -> tuple[list[Footprint], dict[str, str]]:
     """Measure one engine after the other; return what was found, and why an engine could not be measured."""
-    found, missing, load = list[Footprint](), dict[str, str](), foreign_load(wait)
+    found, missing = list[Footprint](), dict[str, str]()
+    load = ForeignLoad(patience=plan.wait, processes=(os.getpid(),))
     for contender in contenders:
         progress(f"memory of {contender.spec.title}", None)
         try:
-            if (one := measure_footprint(contender, prompts, tokens, threads, cost, load)) is not None:
+            if (one := measure_footprint(contender, plan, cost, load)) is not None:
                 found.append(one)
         except UserError as error:
             missing[contender.spec.key] = str(error)

@@ -11,19 +11,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from oxfuse.compiler.bench.engines import Dense
 from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint
 from oxfuse.models.gpt_oss.config import FULL, SLIDING, GptOssConfig
 from oxfuse.models.tensor_source import MXFP4_BLOCK, TensorSource
 
-Dense = Literal["bf16", "q8_0"]
 BYTES_PER_VALUE: dict[str, float] = {"bf16": 2.0, "q8_0": 34 / 32, "mxfp4": 17 / 32}
 """Of ggml's types: a q8_0 block is a float16 scale and 32 bytes, an MXFP4 block a scale byte and 16."""
 ARCHITECTURE = "gpt-oss"

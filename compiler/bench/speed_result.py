@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from oxfuse.compiler.bench.bars import bars
-from oxfuse.compiler.bench.contenders import PEER, EngineSpec
+from oxfuse.compiler.bench.engines import PEER, EngineSpec
 from oxfuse.compiler.bench.footprint import FIRST_PROMPT, Footprint
 from oxfuse.compiler.bench.worker_process import DISTURBED
 from oxfuse.runtime.units import size_text
