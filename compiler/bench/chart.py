@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from oxfuse.compiler.bench.engines import ENGINES, INT8, INT8_DENSE, LLAMA_BF16, LLAMA_Q8, OURS, PEER
 from oxfuse.compiler.bench.grid_result import CONTENDERS, EAGER, SDPA, SHOWN, GridResult
 from oxfuse.compiler.bench.speed_result import SpeedResult
-from oxfuse.compiler.bench.engines import ENGINES, INT8, INT8_DENSE, LLAMA_BF16, LLAMA_Q8, OURS, PEER
 from oxfuse.errors import UserError
 
 COLOURS = {OURS: "#1f6f8b", EAGER: "#d3d3d3", SDPA: "#969696"}

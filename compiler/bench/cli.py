@@ -17,10 +17,9 @@ from oxfuse.runtime.help_page import FILE, FOLDER, HelpPage, one_of, option
 from oxfuse.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from oxfuse.compiler.bench.contenders import Contender, EngineSpec
     from oxfuse.compiler.bench.grid import GridPlan
     from oxfuse.compiler.bench.grid_result import GridResult
-    from oxfuse.compiler.bench.contenders import Contender, EngineSpec
-    from oxfuse.compiler.bench.speed import Plan
     from oxfuse.compiler.bench.speed_result import SpeedResult
     from oxfuse.compiler.phases import Progress
 
@@ -35,8 +34,8 @@ ROTATION = {
     "truncate": True,
     "original_max_position_embeddings": 4096,
 }
-"""The released models' but for `truncate`: llama.cpp rounds the ends of YaRN's ramp whatever the file says, and the engines are to
-compute the same."""
+"""The released models' but for `truncate`: llama.cpp rounds the ends of YaRN's ramp whatever the file says, and the engines are
+to compute the same."""
 PEER_SIZES: dict[str, Any] = {"prompts": (512, 4096), "contexts": (128, 4096)}
 MAX_BATCH = 8  # what compile does by itself
 GRID_ONLY = ("dtypes", "batches", "sequences", "training", "inference", "flavour_name", "budget", "eager", "cell_seconds")
@@ -50,7 +49,7 @@ PEERS_ONLY = ("llama", "build", "only", "skip", "reuse", "footprint")
         "oxfuse bench DIR",
         "oxfuse bench DIR --prompt 128 --prompt 2048 --context 4000",
         "oxfuse bench DIR --peers --source CHECKPOINT     # and transformers and llama.cpp, turn by turn",
-        "oxfuse bench --peers --build-llama --work WORK --plot speed.png     # layers of gpt-oss-20b's shape, all kinds of artifacts",
+        "oxfuse bench --peers --build-llama --work WORK --plot speed.png     # layers of gpt-oss-20b's shape, exact and not",
         "oxfuse bench --peers --llama VENV/bin/python --work WORK --reuse --only oxfuse-int8 --only llama-bf16",
         "oxfuse bench --grid --budget 7200 --markdown grid.md --json grid.json --plot grid.png",
         "oxfuse bench --grid --dtype bfloat16 --batch 1 --sequence 512 --no-training",
@@ -148,9 +147,9 @@ def bench(
 ) -> None:
     """Measure prefill and decode of the artifact in DIR, or of a random model, beside the floor that the machine sets.
 
-    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench], and llama.cpp
-    an interpreter with llama-cpp-python. With --grid, measure a model of random weights over batches and sequences, inference and
-    training, beside transformers.
+    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench], and
+    llama.cpp an interpreter with llama-cpp-python. With --grid, measure a model of random weights over batches and sequences,
+    inference and training, beside transformers.
     """
     _refuse_mixture(click.get_current_context(), grid, peers)
     if grid:

@@ -43,7 +43,7 @@ class Cost:
         return self.dense_bytes + self.share * self.experts_bytes + batch * self.cache_bytes(context)
 
     def decode_bytes_held(self, context: int, *, dense: float, experts: float, batch: int = 1) -> float:
-        """Return the same for an engine that holds a weight every token meets in `dense` bytes, and one of experts in `experts`."""
+        """Return the same where a weight that every token meets takes `dense` bytes, and one of an expert `experts`."""
         return dense * (self.dense + self.head) + self.share * experts * self.experts + batch * self.cache_bytes(context)
 
     def prefill_operations(self, tokens: int) -> float:
@@ -93,7 +93,7 @@ def cost_of(manifest: Manifest) -> Cost:
     }
 
     def stored(name: str) -> int:  # whole, in parts such as NAME_blocks, or both; a tied head under the embedding's name
-        own = [size for other, size in sizes.items() if other == name or other.startswith(f"{name}_") and other not in matrices]
+        own = [size for other, size in sizes.items() if other == name or (other.startswith(f"{name}_") and other not in matrices)]
         return sum(own) if own else matrices[name].numel() * BYTES[manifest.model.dtype]
 
     experts = sum(matrices[name].numel() for name in expert_names)

@@ -56,7 +56,10 @@ ENGINES = VARIANTS + PEERS
 
 
 def chosen(specs: Collection[EngineSpec], only: Collection[str], skip: Collection[str]) -> tuple[EngineSpec, ...]:
-    """Return the engines in `only`, or all, but for those in `skip`. Raises UserError for unknown names, and if none of ours stays."""
+    """Return the engines in `only`, or all, but for those in `skip`.
+
+    Raises UserError for a name that none has, and where no engine of oxfuse stays.
+    """
     keys = {spec.key for spec in specs}
     if unknown := sorted({*only, *skip} - keys):
         raise UserError(f"{unknown[0]} is no engine here: choose among {', '.join(sorted(keys))}.")

@@ -1,8 +1,8 @@
 """Measures what an engine needs besides time for tokens: memory at its peak, and seconds until the first token.
 
-In: a contender. Out: a `Footprint`. Each measurement has a process of its own, with nothing else of the benchmark beside it. Memory
-is what the kernel counts as resident (VmHWM): mapped weights are in it, as are pages that others share, so that a bare process of
-the same interpreter is taken off.
+In: a contender. Out: a `Footprint`. Each measurement has a process of its own, with nothing else of the benchmark beside it.
+Memory is what the kernel counts as resident (VmHWM): mapped weights are in it, as are pages that others share, so that a bare
+process of the same interpreter is taken off.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from oxfuse.compiler.bench.contenders import Contender
 from oxfuse.compiler.bench.cost import Cost
-from oxfuse.compiler.bench.worker_process import Worker, take_quietly
 from oxfuse.compiler.bench.llama import MODULE
 from oxfuse.compiler.bench.probe import ForeignLoad
+from oxfuse.compiler.bench.worker_process import Worker, take_quietly
 from oxfuse.compiler.phases import Progress
 from oxfuse.compiler.process_memory import peak_resident, reset_peak, resident
 from oxfuse.errors import UserError
@@ -37,8 +37,8 @@ BARE = "import sys, {}; print('ready', flush=True); sys.stdin.read()"
 class Footprint:
     """One engine. Bytes by tokens of the prompt: `peaks` resident at most since it was loaded, `caches` of keys and values.
 
-    `bare` is a process that has imported torch, or for llama.cpp its package, and nothing else. `loading` is the peak until it was
-    loaded. `load_seconds` and `first_seconds` (from loaded to the logits of 8 tokens) belong together, start by start, with the
+    `bare` is a process that has imported torch, or for llama.cpp its package, and nothing else. `loading` is the peak until the
+    engine was loaded. `load_seconds` and `first_seconds` (from loaded to the logits of 8 tokens) belong together, start by start, with the
     files in the page cache. `discarded` starts were disturbed.
     """
 
@@ -81,7 +81,9 @@ def bare_memory(contender: Contender) -> int | None:
 def measure_footprint(contender: Contender, plan: Plan, cost: Cost, load: ForeignLoad) -> Footprint | None:
     """Start the engine, give it each prompt of the plan and let it decode after; then start it again for its time alone.
 
-    `load` watches others while it starts: this process's own children are its own once they have ended. Returns None where the system does not tell memory. Raises UserError where the engine cannot run.
+    `load` watches others while it starts: this process's own children are its own once they have ended.
+
+    Returns None where the system does not tell memory. Raises UserError where the engine cannot run.
     """
     bare = bare_memory(contender)
     if bare is None:

@@ -7,6 +7,7 @@ which an environment with llama-cpp-python need not have.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -21,6 +22,7 @@ class Llama:
     """A GGUF file in llama.cpp, through its C interface: the package's own class copies all logits of each step."""
 
     def __init__(self, path: str, threads: int, longest: int) -> None:
+        os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger's words would come between the answers
         import llama_cpp
 
         self._llama = llama_cpp
@@ -62,6 +64,8 @@ class Llama:
         return self._run([token])
 
     def _run(self, ids: list[int]) -> Any:
+        if len(ids) > self._longest:  # llama.cpp would end the process
+            raise ValueError(f"{len(ids)} tokens are more than the {self._longest} that llama.cpp was given room for")
         tokens = (self._llama.llama_token * len(ids))(*ids)
         if code := self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(tokens, len(ids))):
             raise ValueError(f"llama_decode of {len(ids)} tokens ended with {code}")

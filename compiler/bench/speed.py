@@ -1,9 +1,9 @@
 """Measures prefill and decode of artifacts and of their peers in one run, turn by turn.
 
-In: contenders (`contenders.py`), each made ready from one checkpoint. Out: a `SpeedResult`. Each engine lives in a process of its own
-(`worker.py`) and only one works at a time; the order turns with every round. All stay loaded, since turns must follow each other
-closely on a machine whose speed drifts; where they do not fit into memory together, the run is refused. A sample during which
-other processes used the machine is discarded and counted, and the run says how many there were.
+In: contenders (`contenders.py`), each made ready from one checkpoint. Out: a `SpeedResult`. Each engine lives in a process of its
+own (`worker.py`) and only one works at a time; the order turns with every round. All stay loaded, since turns must follow each
+other closely on a machine whose speed drifts; where they do not fit into memory together, the run is refused. A sample during
+which other processes used the machine is discarded and counted, and the run says how many there were.
 """
 
 from __future__ import annotations
@@ -257,9 +257,8 @@ def result_lines(result: SpeedResult) -> list[str]:
     lines = []
     for f in result.figures:
         ratios = "".join(f"   {ratio:.2f} x {result.engines[peer].title}" for peer, ratio in result.ratios(f).items())
-        lines.append(
-            f"{f.phase:<7} {f.size:>5}  {result.name(f):<{width}}  {f.rate:>9.1f} tokens/s   {f.of_floor:>5.0%} of the floor{ratios}"
-        )
+        speed = f"{f.rate:>9.1f} tokens/s   {f.of_floor:>5.0%} of the floor"
+        lines.append(f"{f.phase:<7} {f.size:>5}  {result.name(f):<{width}}  {speed}{ratios}")
     for bar in bars(result):
         verdict = {True: "holds", False: "does not hold", None: "not measured"}[bar.holds]
         lines.append(f"{verdict:<13}  {bar.text}: {bar.found_text} (wanted {bar.wanted_text})")

@@ -75,7 +75,7 @@ class Agreement:
 class SpeedResult:
     """A run. `bandwidths` in bytes a second, `peak` and `int8_peak` in operations a second, all measured in this run.
 
-    Bandwidth was probed before each phase, and the best of them sets the floors. `engines` are by key, with the versions in `versions`.
+    Bandwidth was probed before each phase, and the best probe sets the floors. `engines` are by key, as are their `versions`.
     """
 
     artifact: str
@@ -137,7 +137,7 @@ class SpeedResult:
             f"GB/s (the best of {', '.join(probes)}), matmul peak {self.peak / 1e9:.0f} GFLOP/s, in int8 "
             f"{self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
             "",
-            "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | over transformers |",
+            "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for f in self.figures:
@@ -149,8 +149,8 @@ class SpeedResult:
             )
         lines += [
             "",
-            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth (decode); operations over the "
-            "peak of the arithmetic that it may use (prefill).",
+            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth (decode); operations over "
+            "the peak of the arithmetic that it may use (prefill).",
             "",
             *self._bar_lines(),
             *self._memory_lines(),
@@ -191,9 +191,9 @@ class SpeedResult:
             yield f"| {self.engines[f.engine].title} | {' | '.join(cells)} |"
         yield ""
         yield (
-            "Memory is resident, mapped weights included, each engine alone in its process; a bare process has imported torch (or "
-            "llama.cpp's package) alone. Weights are those of the file that is mapped, caches those of the prompt. First token: the "
-            f"logits of a prompt of {FIRST_PROMPT} tokens, files in the page cache."
+            "Memory is resident, mapped weights included, each engine alone in its process; a bare process has imported torch "
+            "(or llama.cpp's package) alone. Weights are those of the file that is mapped, caches those of the longest prompt. "
+            f"First token: the logits of a prompt of {FIRST_PROMPT} tokens, files in the page cache."
         )
         yield ""
 
@@ -203,8 +203,8 @@ class SpeedResult:
             least = min(prompts, key=prompts.__getitem__)
             yield (
                 f"- {self.engines[found.engine].title}: logits correlate with {self.engines[found.reference].title} by "
-                f"{statistics.mean(prompts.values()):.4f} in the mean of {len(prompts)} prompts, by {prompts[least]:.4f} at least "
-                f"(prompt of {least} tokens); the same token is first in {found.same} of {len(prompts)}."
+                f"{statistics.mean(prompts.values()):.4f} in the mean of {len(prompts)} prompts, by {prompts[least]:.4f} at "
+                f"least (prompt of {least} tokens); the same token is first in {found.same} of {len(prompts)}."
             )
         if self.agreements:
             yield ""

@@ -82,7 +82,10 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise UserError(f"the {self.engine} process ended with code {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:  # what a library prints while it ends the process
+            raise UserError(f"the {self.engine} process said {line.strip()[:200]!r} where an answer was expected") from error
         if "error" in answer:
             raise UserError(answer["error"])
         return answer
