@@ -38,8 +38,8 @@ class Footprint:
     """One engine. Bytes by tokens of the prompt: `peaks` resident at most since it was loaded, `caches` of keys and values.
 
     `bare` is a process that has imported torch, or for llama.cpp its package, and nothing else. `loading` is the peak until the
-    engine was loaded. `load_seconds` and `first_seconds` (from loaded to the logits of 8 tokens) belong together, start by start, with the
-    files in the page cache. `discarded` starts were disturbed.
+    engine was loaded. `load_seconds` and `first_seconds` (from loaded to the logits of 8 tokens) belong together, start by
+    start, with the files in the page cache. `discarded` starts were disturbed.
     """
 
     engine: str

@@ -122,17 +122,22 @@ def transformers_model(folder: Path, dtype: torch.dtype, attention: str | None =
     config = AutoConfig.from_pretrained(folder)
     if not hasattr(config, "quantization_config"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    from transformers.initialization import no_init_weights
+
     from oxfuse.models.checkpoint import Checkpoint
     from oxfuse.models.contract import lookup
 
     del config.quantization_config  # loading MXFP4 needs a further package; the values come from our own reader
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    with no_init_weights():  # random numbers for 20b layers take a minute, and are overwritten
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     checkpoint = Checkpoint.open(folder)
     contract = lookup(config.model_type)
     sources = contract.sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(sources[name].read())
+            step = 1 if sources[name].encoding == "mxfp4" else len(parameter)  # one expert at a time is held in float32
+            for first in range(0, len(parameter), step):
+                parameter[first : first + step].copy_(sources[name].read(slice(first, first + step)))
     return model
 
 

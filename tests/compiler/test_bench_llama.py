@@ -33,8 +33,8 @@ from oxfuse.models.tensor_source import dequantise
 from oxfuse.runtime.manifest import CacheGroup, CacheSpec
 from tests.checkpoints import random_gpt_oss
 
-# Every expert is chosen, so that no rounding of llama.cpp's sends a token elsewhere: then one wrong weight is what shows. llama.cpp
-# rounds the ends of YaRN's ramp, whatever a file says.
+# Every expert is chosen, so that no rounding of llama.cpp's sends a token elsewhere: what shows is a wrong weight. The ends of
+# YaRN's ramp are rounded, as llama.cpp does whatever a file says.
 SHAPE = dict(
     hidden_size=128,
     intermediate_size=128,
@@ -134,7 +134,7 @@ def test_interpreter_is_found_or_said_how_to_get_one(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=r"--build-llama.*--llama PYTHON"):
         find_llama(home=tmp_path)
     monkeypatch.setattr("oxfuse.compiler.bench.llama.MODULE", "no_such_package")
-    with pytest.raises(UserError, match="cannot import no_such_package.*ModuleNotFoundError"):
+    with pytest.raises(UserError, match=r"cannot import no_such_package.*ModuleNotFoundError"):
         find_llama(Path(sys.executable))
     monkeypatch.setattr("oxfuse.compiler.bench.llama.REQUIREMENT", str(tmp_path / "no-such-package"))
     with pytest.raises(UserError, match="could not be built"):
@@ -155,7 +155,7 @@ def answers(worker: Worker, prompt: int) -> list[float]:
 
 
 def agreement(checkpoint: Path, place: Path, spec: EngineSpec, llama: Path, prompt: int) -> list[tuple[float, bool]]:
-    """Return, for each attention of llama.cpp's, how its last logits correlate with the float32 reference's, and the same choice."""
+    """Return for each attention of llama.cpp's how its last logits correlate with the reference's, and if they choose the same."""
     contender = of_llama(spec, checkpoint, place, llama, NOTHING, 512, lambda phase, done: None)
     with torch.no_grad():
         right = load_reference(checkpoint)(torch.tensor([tokens_for(prompt, SHAPE["vocab_size"])])).logits[0, -1].tolist()
