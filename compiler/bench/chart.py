@@ -33,12 +33,13 @@ def draw_speed(result: SpeedResult, path: Path) -> None:
             panel.barh(row, figure.rate, color=SHADES[figure.engine], height=0.66)
             over = [f"{ratio:.2f}× {SHORT_NAMES[peer]}" for peer, ratio in result.ratios(figure).items()]
             label = f"{figure.rate:,.1f}" + (f"  ({', '.join(over)})" if over else "")
-            # Beyond the floor's mark where the bar ends close to it, or the mark would strike the figure through.
-            end = max(figure.rate, 1 / figure.floor) if 1 / figure.floor < figure.rate + 0.35 * most else figure.rate
+            # Beyond the floor's mark where it would strike the label through.
+            floor, long = 1 / figure.floor, (0.65 if over else 0.15) * most
+            end = max(figure.rate, floor) if floor < figure.rate + long else figure.rate
             panel.annotate(label, (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-            panel.plot([1 / figure.floor] * 2, [row - 0.38, row + 0.38], color=FLOOR, linewidth=2)
+            panel.plot([floor] * 2, [row - 0.38, row + 0.38], color=FLOOR, linewidth=2)
         panel.set_yticks(range(len(figures)), [result.name(f) for f in figures], fontsize=9)
-        panel.set_xlim(0, 1.42 * most)
+        panel.set_xlim(0, 1.7 * most)
         title = f"prefill of {size} tokens" if phase == "prefill" else f"decode after {size} tokens"
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)

@@ -155,7 +155,7 @@ def answers(worker: Worker, prompt: int) -> list[float]:
 
 
 def agreement(checkpoint: Path, place: Path, spec: EngineSpec, llama: Path, prompt: int) -> list[tuple[float, bool]]:
-    """Return for each attention of llama.cpp's how its last logits correlate with the reference's, and if they choose the same."""
+    """Return for each attention of llama.cpp's how its last logits correlate with the reference's, and the same choice."""
     contender = of_llama(spec, checkpoint, place, llama, NOTHING, 512, lambda phase, done: None)
     with torch.no_grad():
         right = load_reference(checkpoint)(torch.tensor([tokens_for(prompt, SHAPE["vocab_size"])])).logits[0, -1].tolist()
