@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from oxfuse.compiler.bench.engines import ENGINES
+from oxfuse.compiler.bench.engines import ENGINES, EngineSpec
 from oxfuse.errors import UserError
 from oxfuse.runtime.help_page import FILE, FOLDER, HelpPage, one_of, option
 from oxfuse.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from oxfuse.compiler.bench.contenders import Contender, EngineSpec
+    from oxfuse.compiler.bench.contenders import Contender
     from oxfuse.compiler.bench.grid import GridPlan
     from oxfuse.compiler.bench.grid_result import GridResult
     from oxfuse.compiler.bench.speed_result import SpeedResult

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from oxfuse.errors import UserError
 
@@ -27,7 +27,7 @@ class EngineSpec:
     key: str
     title: str
     kind: Literal["oxfuse", "transformers", "llama"]
-    policy: Mapping[str, str] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
     dense: Dense = "bf16"
     rival: str | None = None
     int8: bool = False

@@ -59,7 +59,7 @@ def build_llama(home: Path = HOME, progress: Progress = silent) -> Path:
         return python
     progress("building llama.cpp, about 10 minutes", None)
     venv.create(home, with_pip=True, clear=True)
-    command = [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", REQUIREMENT]
+    command = [str(python), "-m", "pip", "install", "--no-binary", "llama-cpp-python", REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CMAKE_ARGS": CMAKE_ARGS})
     if done.returncode:
         raise UserError(f"{REQUIREMENT} could not be built in {home}: {(done.stderr or done.stdout).strip()[-600:]}")
