@@ -60,7 +60,7 @@ PEERS_ONLY = ("llama", "build", "only", "skip", "reuse", "footprint")
 @option("--source", type=FOLDER, section="Model", help="The checkpoint that DIR was compiled from, for the peers.")
 @option("--layers", type=int, metavar="N", section="Model", help="Without DIR: layers of the random model, 2, with peers 4.")
 @option("--vocabulary", default=32000, show_default=True, metavar="N", section="Model", help="Without DIR: its tokens.")
-@option("--work", type=FOLDER, section="Model", help="Without DIR: where it is made, and kept; else a temporary folder.")
+@option("--work", type=FOLDER, section="Model", help="Where what is made is kept, for a later run; else a temporary folder.")
 @option(
     "--prompt",
     "prompts",
