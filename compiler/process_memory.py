@@ -16,6 +16,7 @@ from types import TracebackType
 
 PROC = Path("/proc")
 INTERVAL = 0.5  # a look costs some 10 ms
+RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,35 @@ def memory_of(process: int) -> MemoryUse:
         shared=kb.get("Pss_Shmem", 0) << 10,
         file=kb.get("Pss_File", 0) << 10,
     )
+
+
+def resident(process: int) -> int | None:
+    """Return the bytes that a process has in memory, mapped files and shared pages counted whole; None where nobody tells."""
+    return status_bytes(process, "VmRSS")
+
+
+def peak_resident(process: int) -> int | None:
+    """Return the most that `resident` has been since the process began or `reset_peak`: the kernel's own count, not samples."""
+    return status_bytes(process, "VmHWM")
+
+
+def reset_peak(process: int) -> bool:
+    """Let `peak_resident` begin anew; False where the system does not allow it."""
+    try:
+        (PROC / str(process) / "clear_refs").write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def status_bytes(process: int, what: str) -> int | None:
+    """Return what the kernel tells under a name of proc_pid_status(5), such as VmData; None where it does not."""
+    try:
+        text = (PROC / str(process) / "status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{what}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) << 10 if found else None
 
 
 def process_tree(root: int) -> dict[int, str]:

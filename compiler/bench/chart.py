@@ -8,32 +8,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from oxfuse.compiler.bench.engines import ENGINES, INT8, INT8_DENSE, LLAMA_BF16, LLAMA_Q8, OURS, PEER
 from oxfuse.compiler.bench.grid_result import CONTENDERS, EAGER, SDPA, SHOWN, GridResult
-from oxfuse.compiler.bench.speed import OURS, SpeedResult
+from oxfuse.compiler.bench.speed_result import SpeedResult
 from oxfuse.errors import UserError
 
 COLOURS = {OURS: "#1f6f8b", EAGER: "#d3d3d3", SDPA: "#969696"}
 FLOOR = "#c0392b"
 WIDE = 12  # from the least figure to the largest: beyond, an axis counts in powers of ten
-OTHERS = "#b8b8b8"
+SHADES = {OURS: "#1f6f8b", INT8: "#3f9bb8", INT8_DENSE: "#86c5d8", LLAMA_BF16: "#c98a3b", LLAMA_Q8: "#e3bd85", PEER: "#b8b8b8"}
+SHORT_NAMES = {spec.key: spec.kind + (".cpp" if spec.kind == "llama" else "") for spec in ENGINES}
 
 
 def draw_speed(result: SpeedResult, path: Path) -> None:
     """Write the picture to `path`, in the format that its suffix names. Raises UserError without matplotlib or on a bad path."""
     groups = list(dict.fromkeys((f.phase, f.size) for f in result.figures))
-    picture = _picture(9, 1.3 + 1.25 * len(groups))
-    panels = picture.subplots(len(groups), 1, squeeze=False)[:, 0]
+    rows = [sum((f.phase, f.size) == group for f in result.figures) for group in groups]
+    picture = _picture(10, 1.2 + sum(0.55 + 0.28 * count for count in rows))
+    panels = picture.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": [2 + n for n in rows]})[:, 0]
     for panel, (phase, size) in zip(panels, groups, strict=True):
         figures = [f for f in result.figures if (f.phase, f.size) == (phase, size)][::-1]
+        most = max(max(f.rate, 1 / f.floor) for f in figures)
         for row, figure in enumerate(figures):
-            panel.barh(row, figure.rate, color=COLOURS.get(figure.engine, OTHERS), height=0.62)
-            ratio = result.ratio(figure)
-            label = f" {figure.rate:,.1f}" + (f"  ({ratio:.2f}×)" if ratio else "")
-            panel.annotate(label, (figure.rate, row), va="center", fontsize=9)
-            panel.plot([1 / figure.floor] * 2, [row - 0.38, row + 0.38], color=FLOOR, linewidth=2)
-        names = [" ".join(filter(None, (result.engines[f.engine], f.implementation))) for f in figures]
-        panel.set_yticks(range(len(figures)), names, fontsize=9)
-        panel.set_xlim(0, 1.18 * max(max(f.rate, 1 / f.floor) for f in figures))
+            panel.barh(row, figure.rate, color=SHADES[figure.engine], height=0.66)
+            over = [f"{ratio:.2f}× {SHORT_NAMES[peer]}" for peer, ratio in result.ratios(figure).items()]
+            label = f"{figure.rate:,.1f}" + (f"  ({', '.join(over)})" if over else "")
+            # Beyond the floor's mark where it would strike the label through.
+            floor, long = 1 / figure.floor, (0.65 if over else 0.15) * most
+            end = max(figure.rate, floor) if floor < figure.rate + long else figure.rate
+            panel.annotate(label, (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+            panel.plot([floor] * 2, [row - 0.38, row + 0.38], color=FLOOR, linewidth=2)
+        panel.set_yticks(range(len(figures)), [result.name(f) for f in figures], fontsize=9)
+        panel.set_xlim(0, 1.7 * most)
         title = f"prefill of {size} tokens" if phase == "prefill" else f"decode after {size} tokens"
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)

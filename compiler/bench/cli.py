@@ -11,20 +11,36 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from oxfuse.compiler.bench.engines import ENGINES, EngineSpec
 from oxfuse.errors import UserError
 from oxfuse.runtime.help_page import FILE, FOLDER, HelpPage, one_of, option
 from oxfuse.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from oxfuse.compiler.bench.contenders import Contender
     from oxfuse.compiler.bench.grid import GridPlan
     from oxfuse.compiler.bench.grid_result import GridResult
-    from oxfuse.compiler.bench.speed import Plan, SpeedResult
+    from oxfuse.compiler.bench.speed_result import SpeedResult
     from oxfuse.compiler.phases import Progress
 
-LAYERS = 2
+LAYERS, PEER_LAYERS = 2, 4
+NAMES = tuple(spec.key for spec in ENGINES)
+ROTATION = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+    "original_max_position_embeddings": 4096,
+}
+"""The released models' but for `truncate`: llama.cpp rounds the ends of YaRN's ramp whatever the file says, and the engines are
+to compute the same."""
+PEER_SIZES: dict[str, Any] = {"prompts": (512, 4096), "contexts": (128, 4096)}
 MAX_BATCH = 8  # what compile does by itself
 GRID_ONLY = ("dtypes", "batches", "sequences", "training", "inference", "flavour_name", "budget", "eager", "cell_seconds")
 NOT_GRID = ("folder", "peers", "source", "vocabulary", "prompts", "contexts")
+PEERS_ONLY = ("llama", "build", "only", "skip", "reuse", "footprint")
 
 
 @click.command(
@@ -32,22 +48,45 @@ NOT_GRID = ("folder", "peers", "source", "vocabulary", "prompts", "contexts")
     examples=(
         "oxfuse bench DIR",
         "oxfuse bench DIR --prompt 128 --prompt 2048 --context 4000",
-        "oxfuse bench DIR --peers --source CHECKPOINT     # and transformers, turn by turn",
-        "oxfuse bench --peers --plot speed.png            # layers of gpt-oss-20b's shape with random weights",
+        "oxfuse bench DIR --peers --source CHECKPOINT     # and transformers and llama.cpp, turn by turn",
+        "oxfuse bench --peers --build-llama --work WORK --plot speed.png     # layers of gpt-oss-20b's shape, exact and not",
+        "oxfuse bench --peers --llama VENV/bin/python --work WORK --reuse --only oxfuse-int8 --only llama-bf16",
         "oxfuse bench --grid --budget 7200 --markdown grid.md --json grid.json --plot grid.png",
         "oxfuse bench --grid --dtype bfloat16 --batch 1 --sequence 512 --no-training",
     ),
 )
 @click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
-@option("--peers", is_flag=True, section="Model", help="Measure transformers too, turn by turn in the same run.")
+@option("--peers", is_flag=True, section="Model", help="Measure llama.cpp and transformers too, turn by turn in the same run.")
 @option("--source", type=FOLDER, section="Model", help="The checkpoint that DIR was compiled from, for the peers.")
-@option("--layers", type=int, metavar="N", section="Model", help="Without DIR: layers of the random model, 2; of a grid, all.")
+@option("--layers", type=int, metavar="N", section="Model", help="Without DIR: layers of the random model, 2, with peers 4.")
 @option("--vocabulary", default=32000, show_default=True, metavar="N", section="Model", help="Without DIR: its tokens.")
-@option("--work", type=FOLDER, section="Model", help="Without DIR: where it is made, and kept; else a temporary folder.")
-@option("--prompt", "prompts", multiple=True, type=int, metavar="N", section="Run", help="Tokens of a prefill, 512 by default.")
-@option("--context", "contexts", multiple=True, type=int, metavar="N", section="Run", help="Tokens before decoding, 1000.")
+@option("--work", type=FOLDER, section="Model", help="Where what is made is kept, for a later run; else a temporary folder.")
+@option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    type=int,
+    metavar="N",
+    section="Run",
+    help="Tokens of a prefill, 512; with peers 4096, too.",
+)
+@option(
+    "--context",
+    "contexts",
+    multiple=True,
+    type=int,
+    metavar="N",
+    section="Run",
+    help="Tokens before decoding, 1000; with peers 128, 4096.",
+)
 @option("--tokens", default=16, show_default=True, metavar="N", section="Run", help="Tokens decoded a turn.")
 @option("--rounds", default=7, show_default=True, metavar="N", section="Run", help="Turns; the median counts.")
+@option("--llama", type=FILE, metavar="PYTHON", section="Peers", help="An interpreter that has llama-cpp-python.")
+@option("--build-llama", "build", is_flag=True, section="Peers", help="Build it first where there is none, in about 10 minutes.")
+@option("--only", multiple=True, metavar="ENGINE", section="Peers", shell_complete=one_of(*NAMES), help=f"Of {', '.join(NAMES)}.")
+@option("--skip", multiple=True, metavar="ENGINE", section="Peers", shell_complete=one_of(*NAMES), help="All engines but this.")
+@option("--reuse", is_flag=True, section="Peers", help="Take artifacts that an earlier run left in --work as they are.")
+@option("--footprint/--no-footprint", default=True, section="Peers", help="Memory and first token; measured by default.")
 @option(
     "--grid", is_flag=True, section="Grid", help="Measure batches by sequences beside transformers' eager and SDPA attention."
 )
@@ -84,6 +123,12 @@ def bench(
     layers: int | None,
     vocabulary: int,
     work: Path | None,
+    llama: Path | None,
+    build: bool,
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    reuse: bool,
+    footprint: bool,
     grid: bool,
     flavour_name: str,
     batches: tuple[int, ...],
@@ -102,10 +147,11 @@ def bench(
 ) -> None:
     """Measure prefill and decode of the artifact in DIR, or of a random model, beside the floor that the machine sets.
 
-    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench]. With --grid,
-    measure a model of random weights over batches and sequences, inference and training, beside transformers.
+    A sample during which other processes used the machine is taken again, and counted. The peers need oxfuse[bench], and
+    llama.cpp an interpreter with llama-cpp-python. With --grid, measure a model of random weights over batches and sequences,
+    inference and training, beside transformers.
     """
-    _refuse_mixture(click.get_current_context(), grid)
+    _refuse_mixture(click.get_current_context(), grid, peers)
     if grid:
         cells = {"dtypes": dtypes, "batches": batches, "sequences": sequences}
         parts = tuple(name for name, wanted in (("inference", inference), ("training", training)) if wanted)
@@ -127,7 +173,8 @@ def bench(
     from oxfuse.runtime.progress import PhaseLine
 
     given = {name: value for name, value in plan.items() if value != ()}
-    chosen = speed.Plan(threads=processors().threads if threads is None else threads, **given)
+    sizes = PEER_SIZES if peers else {}
+    chosen = speed.Plan(threads=processors().threads if threads is None else threads, **{**sizes, **given})
     if folder is not None:
         chosen = speed.fitted(chosen, read_manifest(folder).limits.max_context, keep=given)
     if folder is not None and peers and source is None:
@@ -136,10 +183,20 @@ def bench(
         raise UserError("--source is the checkpoint of an artifact: name the artifact as well.")
     with ExitStack() as stack:
         progress = stack.enter_context(PhaseLine())
+        place = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oxfuse-bench-")))
+        wanted = _wanted(folder, peers, only, skip)
+        missing: dict[str, str] = {}
         if folder is None:
-            place = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oxfuse-bench-")))
-            folder, source = _random_artifact(place, LAYERS if layers is None else layers, vocabulary, chosen, progress)
-        result = speed.measure_speed(folder, chosen, checkpoint=source if peers else None, progress=progress)
+            source = _random_checkpoint(
+                place, (PEER_LAYERS if peers else LAYERS) if layers is None else layers, vocabulary, progress
+            )
+        contenders, missing = _contenders(folder, source, place, wanted, chosen.longest, reuse, progress)
+        if source is not None and peers:
+            others, reasons = _peers(contenders, source, place, wanted, chosen.longest, llama, build, progress)
+            contenders, missing = contenders + others, missing | reasons
+        result = speed.measure_speed(
+            contenders, chosen, missing=missing, wanted=wanted, with_footprints=peers and footprint, progress=progress
+        )
     _write(result, json_path, markdown)
     if plot is not None:
         from oxfuse.compiler.bench.chart import draw_speed
@@ -148,14 +205,14 @@ def bench(
     if json_path != Path("-"):
         for line in speed.result_lines(result):
             click.echo(line)
-        for name, reason in result.missing.items():
-            click.echo(f"{name} was not measured: {reason}", err=True)
-        if dirty := sum(figure.discarded for figure in result.figures):
-            click.echo(f"{dirty} samples were discarded: other processes used the machine meanwhile.", err=True)
+        for key, reason in result.missing.items():
+            click.echo(f"{result.engines[key].title} was not measured: {reason}", err=True)
+        if result.discarded:
+            click.echo(f"{result.discarded} samples were discarded: other processes used the machine meanwhile.", err=True)
 
 
-def _refuse_mixture(context: click.Context, grid: bool) -> None:
-    """Raise UserError for options that do not go with --grid, or only with it."""
+def _refuse_mixture(context: click.Context, grid: bool, peers: bool) -> None:
+    """Raise UserError for options that do not go with --grid, or only with it or with --peers."""
     given = [
         parameter
         for parameter in context.command.params
@@ -165,6 +222,67 @@ def _refuse_mixture(context: click.Context, grid: bool) -> None:
     if wrong is not None:
         name = "DIR" if isinstance(wrong, click.Argument) else wrong.opts[0]
         raise UserError(f"{name} does not go with --grid: leave one of them out." if grid else f"{name} is for --grid: add it.")
+    wrong = next((p for p in given if p.name in PEERS_ONLY), None)
+    if wrong is not None and not peers:
+        raise UserError(f"{wrong.opts[0]} is for --peers: add it.")
+
+
+def _wanted(folder: Path | None, peers: bool, only: tuple[str, ...], skip: tuple[str, ...]) -> tuple[EngineSpec, ...]:
+    """Return the engines that are to be measured: of a given artifact, the one that it is."""
+    from oxfuse.compiler.bench.contenders import spec_of
+    from oxfuse.compiler.bench.engines import OURS, PEERS, VARIANTS, chosen
+
+    own = VARIANTS if folder is None else (spec_of(read_manifest(folder)),)
+    if not peers:
+        return own if folder is not None else tuple(spec for spec in own if spec.key == OURS)
+    return chosen((*own, *PEERS), only, skip)
+
+
+def _contenders(
+    folder: Path | None,
+    source: Path | None,
+    place: Path,
+    wanted: tuple[EngineSpec, ...],
+    longest: int,
+    reuse: bool,
+    progress: Progress,
+) -> tuple[list[Contender], dict[str, str]]:
+    """Return the artifact in `folder`, or those that are compiled from `source`, and why some are missing."""
+    from oxfuse.compiler.bench.contenders import compile_variants, of_artifact
+
+    own = [spec for spec in wanted if spec.kind == "oxfuse"]
+    if folder is not None:
+        return [of_artifact(own[0], folder, required=True)], {}
+    assert source is not None
+    made, missing = compile_variants(source, place, own, longest, progress, again=not reuse)
+    return [of_artifact(spec, made[spec.key]) for spec in own if spec.key in made], missing
+
+
+def _peers(
+    contenders: list[Contender],
+    source: Path,
+    place: Path,
+    wanted: tuple[EngineSpec, ...],
+    longest: int,
+    llama: Path | None,
+    build: bool,
+    progress: Progress,
+) -> tuple[list[Contender], dict[str, str]]:
+    """Return the peers that can run the checkpoint in `source`, and why others cannot."""
+    from oxfuse.compiler.bench.contenders import of_llama, of_transformers
+    from oxfuse.compiler.bench.cost import cost_of
+    from oxfuse.compiler.bench.llama import build_llama, find_llama
+
+    cost = cost_of(read_manifest(contenders[0].path))
+    found = [of_transformers(spec, source, cost) for spec in wanted if spec.kind == "transformers"]
+    missing: dict[str, str] = {}
+    if specs := [spec for spec in wanted if spec.kind == "llama"]:
+        try:
+            python = build_llama(progress=progress) if build and llama is None else find_llama(llama)
+            found = [of_llama(spec, source, place, python, cost, longest, progress) for spec in specs] + found
+        except UserError as error:
+            missing = {spec.key: str(error) for spec in specs}
+    return found, missing
 
 
 def _measure_grid(name: str, layers: int | None, work: Path | None, options: dict[str, Any]) -> GridResult:
@@ -216,20 +334,17 @@ def _grid_artifacts(
     return checkpoint, artifacts
 
 
-def _random_artifact(place: Path, layers: int, vocabulary: int, plan: Plan, progress: Progress) -> tuple[Path, Path]:
-    """Return the artifact, always made, and the checkpoint, made unless an earlier run left it; both go by their sizes."""
+def _random_checkpoint(place: Path, layers: int, vocabulary: int, progress: Progress) -> Path:
+    """Return a random checkpoint, made unless an earlier run left it; it goes by its sizes."""
     from oxfuse.compiler.bench.random_checkpoint import write_checkpoint
-    from oxfuse.compiler.pipeline import compile as compile_checkpoint
 
     if layers < 1 or vocabulary < 1:
         raise UserError(f"--layers is {layers} and --vocabulary {vocabulary}: give numbers of at least 1.")
     checkpoint = place / f"random-gpt-oss-{layers}-layers-{vocabulary}"
-    artifact = place / f"{checkpoint.name}-cpu"
     if not (checkpoint / "model.safetensors").exists():
         progress("writing a random checkpoint", None)
-        write_checkpoint(checkpoint, layers, vocab_size=vocabulary)
-    compile_checkpoint(checkpoint, artifact, max_context=plan.longest, force=True, progress=progress)
-    return artifact, checkpoint
+        write_checkpoint(checkpoint, layers, vocab_size=vocabulary, rope_parameters=ROTATION)
+    return checkpoint
 
 
 def _write(result: SpeedResult | GridResult, json_path: Path | None, markdown: Path | None) -> None:

@@ -38,10 +38,13 @@ class Cost:
 
         With `bfloat16`, if all weights were held so. Sequences that are sent to the same experts share them: that is the least.
         """
-        numbers = self.dense + self.head
-        dense = 2 * numbers if bfloat16 else self.dense_bytes
-        experts = 2 * self.experts if bfloat16 else self.experts_bytes
-        return dense + self.share * experts + batch * self._cache_bytes(context)
+        if bfloat16:
+            return self.decode_bytes_held(context, dense=BYTES["bfloat16"], experts=BYTES["bfloat16"], batch=batch)
+        return self.dense_bytes + self.share * self.experts_bytes + batch * self.cache_bytes(context)
+
+    def decode_bytes_held(self, context: int, *, dense: float, experts: float, batch: int = 1) -> float:
+        """Return the same where a weight that every token meets takes `dense` bytes, and one of an expert `experts`."""
+        return dense * (self.dense + self.head) + self.share * experts * self.experts + batch * self.cache_bytes(context)
 
     def prefill_operations(self, tokens: int) -> float:
         """Return the floating-point operations for `tokens` tokens of one sequence and the logits of the last."""
@@ -52,7 +55,8 @@ class Cost:
             attention += sum(4 * self.query_heads * self.cache.head_dim[layer] * pairs for layer in group.layers)
         return tokens * per_token + 2 * self.head + attention
 
-    def _cache_bytes(self, context: int) -> int:
+    def cache_bytes(self, context: int) -> int:
+        """Return the bytes of keys and values of `context` tokens of one sequence; layers with a window hold no more than it."""
         total = 0
         for group in self.cache.groups:
             seen = min(group.window, context) if group.window else context
@@ -88,9 +92,8 @@ def cost_of(manifest: Manifest) -> Cost:
         name: math.prod(tensor.shape) * BYTES[tensor.dtype] for file in manifest.weights for name, tensor in file.tensors.items()
     }
 
-    def stored(name: str) -> int:  # whole, or in parts such as NAME_blocks; a tied head under the embedding's name
-        parts = [other for other in sizes if other.startswith(f"{name}_") and other not in matrices]
-        own = [sizes[part] for part in ([name] if name in sizes else parts)]
+    def stored(name: str) -> int:  # whole, in parts such as NAME_blocks, or both; a tied head under the embedding's name
+        own = [size for other, size in sizes.items() if other == name or (other.startswith(f"{name}_") and other not in matrices)]
         return sum(own) if own else matrices[name].numel() * BYTES[manifest.model.dtype]
 
     experts = sum(matrices[name].numel() for name in expert_names)

@@ -21,7 +21,8 @@ import torch
 from oxfuse.compiler.bench.cost import cost_of, training_operations
 from oxfuse.compiler.bench.grid_result import EAGER, INFERENCE, OURS, SDPA, TRAINING, TWIN, Cell, GridResult, Series
 from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
-from oxfuse.compiler.bench.speed import ATTEMPTS, Worker, correlation, machine_facts, take_quietly
+from oxfuse.compiler.bench.speed import correlation, machine_facts
+from oxfuse.compiler.bench.worker_process import ATTEMPTS, Worker, take_quietly
 from oxfuse.compiler.phases import Progress, silent
 from oxfuse.errors import UserError
 from oxfuse.models.checkpoint import Checkpoint

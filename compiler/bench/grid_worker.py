@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import re
 import resource
 import statistics
@@ -28,11 +29,10 @@ import torch
 from torch import Tensor
 
 from oxfuse.compiler.bench.worker import serve, tokens_for, transformers_model
+from oxfuse.compiler.process_memory import peak_resident, reset_peak, resident, status_bytes
 from oxfuse.runtime.scheduler import Job
 from oxfuse.runtime.sequence import TokenSequence
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate|out of memory", re.IGNORECASE)
 
 
@@ -201,9 +201,9 @@ def answer(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
     ids = torch.tensor(tokens_for(batch * sequence, contender.vocab_size)).view(batch, sequence)
     try:
         with _allowance(request["allowance"]):
-            measured = _reset_peak()
+            measured = reset_peak(os.getpid())
             told = contender.run(ids, request["tokens"], request["check"])
-            most = _memory("VmHWM") if measured else None
+            most = peak_resident(os.getpid()) if measured else None
         return told | {"memory": None if most is None or contender.before is None else most - contender.before}
     except Exception as error:
         if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
@@ -224,26 +224,9 @@ def _import_transformers(folder: Path, threads: int) -> tuple[str, int | None]:
     return f"transformers {transformers.__version__}", _resident()
 
 
-def _memory(what: str) -> int | None:
-    """Return bytes that the kernel tells of this process; None where it does not."""
-    try:
-        found = re.search(rf"^{what}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) << 10 if found else None
-
-
 def _resident() -> int | None:
     _give_back()
-    return _memory("VmRSS")
-
-
-def _reset_peak() -> bool:
-    try:
-        CLEAR.write_text(RESET_PEAK)
-    except OSError:
-        return False
-    return True
+    return resident(os.getpid())
 
 
 def _give_back() -> None:
@@ -256,7 +239,7 @@ def _give_back() -> None:
 @contextlib.contextmanager
 def _allowance(count: int | None) -> Iterator[None]:
     """Refuse to this process more than `count` bytes besides what it has: an error in one turn, not a machine out of memory."""
-    now = _memory("VmData")
+    now = status_bytes(os.getpid(), "VmData")
     if count is None or now is None:
         yield
         return

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from oxfuse.compiler.bench.probe import ForeignLoad, read_bandwidth
 from oxfuse.compiler.bench.random_checkpoint import SHAPE_20B
-from oxfuse.compiler.bench.speed import machine_facts, take_quietly
+from oxfuse.compiler.bench.speed import machine_facts
+from oxfuse.compiler.bench.worker_process import take_quietly
 from oxfuse.runtime.machine import processors
 
 BAR = 1.5

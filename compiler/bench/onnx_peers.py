@@ -29,7 +29,8 @@ from oxfuse.compiler.bench.cost import cost_of
 from oxfuse.compiler.bench.memory import measure_bare_torch, measure_compile
 from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
 from oxfuse.compiler.bench.random_checkpoint import write_checkpoint
-from oxfuse.compiler.bench.speed import Worker, best_implementation, machine_facts, take_quietly
+from oxfuse.compiler.bench.speed import machine_facts
+from oxfuse.compiler.bench.worker_process import Worker, best_implementation, take_quietly
 from oxfuse.compiler.lowering.genai import CONFIG
 from oxfuse.compiler.process_memory import MemoryWatch
 from oxfuse.errors import UserError

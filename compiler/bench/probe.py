@@ -34,11 +34,15 @@ def read_bandwidth(threads: int, rounds: int = 5) -> float:
 def matmul_peak(
     threads: int, size: int = 1536, rounds: int = 3, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
 ) -> float:
-    """Return the floating-point operations a second of torch's best square matmul in any of `dtypes`. Restores the threads."""
-    products = []
+    """Return the operations a second of torch's best square matmul in any of `dtypes`, int8 among them. Restores the threads."""
+    products: list[Callable[[], object]] = []
     for dtype in dtypes:
-        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        products.append(functools.partial(torch.mm, a, b))
+        if dtype == torch.int8:
+            a, b = (torch.randint(-127, 128, (size, size), dtype=dtype) for _ in range(2))
+            products.append(functools.partial(torch._int_mm, a, b))
+        else:
+            a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+            products.append(functools.partial(torch.mm, a, b))
     return float(2 * size**3 / _fastest(products, threads, rounds))
 
 

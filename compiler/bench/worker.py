@@ -7,6 +7,7 @@ since two in one share a thread pool and an allocator, and disturb each other ev
     {"do": "context", "tokens": n}            -> {}                      begin a sequence of n tokens
     {"do": "decode", "tokens": n}             -> {"seconds": [n]}        continue it, one token at a time
     {"do": "choose", "implementation": name}  -> {}                      of those in {"implementations"} of the first answer
+    {"do": "loaded"}                          -> {"seconds"}             that loading took, imports left out
 
 The first line says what the engine is. An answer {"error"} says that the engine could not do it.
 """
@@ -14,6 +15,7 @@ The first line says what the engine is. An answer {"error"} says that the engine
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ class Engine(Protocol):
     name: str
     implementations: tuple[str, ...]
     vocab_size: int
+    load_seconds: float
 
     def choose(self, implementation: str) -> None:
         """Use another of its implementations from now on."""
@@ -47,10 +50,13 @@ class Oxfuse:
 
     def __init__(self, folder: Path, threads: int) -> None:
         import oxfuse
+        from oxfuse.runtime.artifact import load  # the public names are lazy: what importing costs is not what loading costs
 
         self.implementations: tuple[str, ...] = ()
         self.name = f"oxfuse {oxfuse.__version__}"
-        self._model = oxfuse.load(folder, threads=threads, prefix_cache_bytes=0)  # a prompt that comes again runs again
+        began = time.perf_counter()
+        self._model = load(folder, threads=threads, prefix_cache_bytes=0)  # a prompt that comes again runs again
+        self.load_seconds = time.perf_counter() - began
         self._session = self._model.session()
         self.vocab_size = self._model.vocab_size
 
@@ -74,7 +80,9 @@ class Transformers:
 
         torch.set_num_threads(threads)
         self.name = f"transformers {transformers.__version__}"
+        began = time.perf_counter()
         self._model = transformers_model(folder, torch.bfloat16)
+        self.load_seconds = time.perf_counter() - began
         config = self._model.config
         self.implementations: tuple[str, ...] = (
             ("grouped_mm", "batched_mm", "eager") if hasattr(config, "num_experts_per_tok") else ()
@@ -114,17 +122,22 @@ def transformers_model(folder: Path, dtype: torch.dtype, attention: str | None =
     config = AutoConfig.from_pretrained(folder)
     if not hasattr(config, "quantization_config"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    from transformers.initialization import no_init_weights
+
     from oxfuse.models.checkpoint import Checkpoint
     from oxfuse.models.contract import lookup
 
     del config.quantization_config  # loading MXFP4 needs a further package; the values come from our own reader
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    with no_init_weights():  # random numbers for 20b layers take a minute, and are overwritten
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     checkpoint = Checkpoint.open(folder)
     contract = lookup(config.model_type)
     sources = contract.sources(checkpoint, contract.parse_config(checkpoint.config), contract.default_task)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(sources[name].read())
+            step = 1 if sources[name].encoding == "mxfp4" else len(parameter)  # one expert at a time is held in float32
+            for first in range(0, len(parameter), step):
+                parameter[first : first + step].copy_(sources[name].read(slice(first, first + step)))
     return model
 
 
@@ -133,13 +146,15 @@ ENGINES: dict[str, Callable[[Path, int], Engine]] = {"oxfuse": Oxfuse, "transfor
 
 def tokens_for(count: int, vocab_size: int) -> list[int]:
     """Return the same seeded tokens for every engine."""
-    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return random.Random(SEED).choices(range(vocab_size), k=count)  # not torch's: other interpreters need not have it
 
 
 def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "choose":
         engine.choose(request["implementation"])
         return {}
+    if request["do"] == "loaded":
+        return {"seconds": engine.load_seconds}
     ids = tokens_for(request["tokens"], engine.vocab_size)
     if request["do"] == "decode":
         seconds = []

@@ -12,46 +12,110 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import oxfuse
+from oxfuse.compiler.bench.bars import bars
 from oxfuse.compiler.bench.chart import draw_speed
 from oxfuse.compiler.bench.cli import bench
+from oxfuse.compiler.bench.contenders import Contender, compile_variants, of_artifact, of_transformers, spec_of
 from oxfuse.compiler.bench.cost import cost_of
+from oxfuse.compiler.bench.engines import ENGINES, INT8, INT8_DENSE, LLAMA_BF16, OURS, PEER, EngineSpec, chosen
+from oxfuse.compiler.bench.footprint import Footprint
 from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
-from oxfuse.compiler.bench.speed import Figure, Plan, SpeedResult, fitted, measure_speed
+from oxfuse.compiler.bench.speed import Plan, fitted, measure_speed, result_lines
+from oxfuse.compiler.bench.speed_result import Agreement, Figure, SpeedResult
+from oxfuse.compiler.phases import silent
 from oxfuse.errors import UserError
+from oxfuse.runtime.machine import Memory
 from oxfuse.runtime.manifest import read_manifest
+
+SPECS = {spec.key: spec for spec in ENGINES}
+
+
+def footprint(engine: str, weights: int | None, peak: int, first: float) -> Footprint:
+    return Footprint(
+        engine=engine,
+        weights=weights,
+        bare=100_000_000,
+        loading=peak,
+        peaks={512: peak - 50_000_000, 4096: peak},
+        caches={512: 10_000_000, 4096: 40_000_000},
+        load_seconds=[0.1, 0.2, 0.3],
+        first_seconds=[first, first, first],
+    )
 
 
 def result() -> SpeedResult:
     figures = [
-        Figure(engine="oxfuse", phase="prefill", size=512, floor=0.002, samples=[0.005, 0.004, 0.006, 0.005], discarded=2),
-        Figure(engine="transformers", phase="prefill", size=512, implementation="eager", floor=0.002, samples=[0.01] * 4),
-        Figure(engine="oxfuse", phase="decode", size=1000, floor=0.01, samples=[0.02, 0.03, 0.04]),
+        Figure(engine=OURS, phase="prefill", size=512, floor=0.002, samples=[0.005, 0.004, 0.006, 0.005], discarded=2),
+        Figure(engine=PEER, phase="prefill", size=512, implementation="eager", floor=0.002, samples=[0.01] * 4),
+        Figure(engine=OURS, phase="prefill", size=4096, floor=0.002, samples=[0.0054]),
+        Figure(engine=OURS, phase="decode", size=128, floor=0.018, samples=[0.02, 0.03, 0.01]),
+        Figure(engine=LLAMA_BF16, phase="decode", size=128, floor=0.018, samples=[0.03]),
+        Figure(engine=OURS, phase="decode", size=4096, floor=0.018, samples=[0.025]),
     ]
     return SpeedResult(
         artifact="tiny",
         machine={"processor": "some (avx2)", "cores": 2, "torch": "2.13.0"},
         threads=2,
-        bandwidth=20e9,
+        bandwidths=[19e9, 20e9],
         peak=100e9,
-        engines={"oxfuse": "oxfuse 0.1.0", "transformers": "transformers 5.23.0"},
-        missing={"llama": "not installed"},
-        agreement=0.9999,
+        int8_peak=200e9,
+        engines={key: SPECS[key] for key in (OURS, INT8, LLAMA_BF16, PEER)},
+        versions={OURS: "oxfuse 0.1.0", PEER: "transformers 5.23.0"},
+        missing={INT8: "activations='int8' is not available"},
+        agreements=[Agreement(engine=OURS, reference=PEER, correlations={1: 0.98, 40: 1.0}, same=1)],
         figures=figures,
+        footprints=[footprint(OURS, 2_000_000_000, 2_180_000_000, 0.5), footprint(PEER, None, 7_000_000_000, 1.0)],
     )
 
 
-def test_table_states_median_floor_ratio_and_disturbance() -> None:
+def test_table_states_median_floor_ratios_and_disturbance() -> None:
     text = result().to_markdown()
-    assert "| prefill 512 | oxfuse 0.1.0 | 200.0 | 500.0 | 40% | 30% | 4 (2) | 2.00× |" in text
-    assert "| prefill 512 | transformers 5.23.0 eager | 100.0 | 500.0 | 20% | 0% | 4 (0) |  |" in text
-    assert "| decode at 1000 | oxfuse 0.1.0 | 33.3 | 100.0 | 33% | 0% | 3 (0) |  |" in text
-    assert "llama was not measured: not installed" in text
+    assert "| prefill 512 | oxfuse exact | 200.0 | 500.0 | 40% | 30% | 4 (2) |  | 2.00× |" in text
+    assert "| prefill 512 | transformers bf16, eager | 100.0 | 500.0 | 20% | 0% | 4 (0) |  |  |" in text
+    assert "| decode at 128 | oxfuse exact | 50.0 | 55.6 | 90% | 0% | 3 (0) | 1.50× |  |" in text
+    assert "20.0 GB/s (the best of 19.0, 20.0)" in text and "in int8 200 GOP/s" in text
+    assert "oxfuse int8 activations was not measured: activations='int8' is not available" in text
     assert "2 samples were discarded" in text
-    entry = json.loads(result().to_json())["figures"][0]
-    assert entry["ratio"] == 2 and entry["samples"] == [0.005, 0.004, 0.006, 0.005]
+    assert (
+        "oxfuse exact: logits correlate with transformers bf16 by 0.9900 in the mean of 2 prompts, by 0.9800 at least "
+        "(prompt of 1 tokens); the same token is first in 1 of 2."
+    ) in text
+    # 2.18 GB and a bare process of 0.1 GB: 2.08 over 2.04
+    assert "| oxfuse exact | 2.1 GB | 2.2 GB | 2.1 GB | 2.0 GB | 2.2 GB | 0.20 + 0.50 |" in text
+    assert "| transformers bf16 | 7.0 GB | 7.0 GB | 6.9 GB |  | 7.0 GB | 0.20 + 1.00 |" in text
+    told = json.loads(result().to_json())
+    assert told["figures"][0]["ratios"] == {PEER: 2} and told["figures"][0]["samples"] == [0.005, 0.004, 0.006, 0.005]
+    assert {"text", "wanted", "found", "holds"} <= told["bars"][0].keys()
+
+
+def test_bars_are_judged() -> None:
+    found = {bar.text: bar for bar in bars(result())}
+    for text, value, holds in (
+        ("decode 128: oxfuse int8 activations over llama.cpp, dense bf16", None, None),
+        ("prefill 512: oxfuse exact over transformers bf16", 2.0, True),
+        ("decode 128: oxfuse exact, of the floor", 0.9, True),
+        ("decode 4096: oxfuse exact, of its speed at 128", 0.8, False),
+        ("prefill 4096: oxfuse exact, of its speed at 512", 0.005 / 0.0054, True),
+        ("peak memory over `import torch`: oxfuse exact, of weights and caches", 2.08 / 2.04, True),
+        ("peak memory: oxfuse exact over transformers bf16", 2.18 / 7, True),
+        ("peak memory: oxfuse exact over llama.cpp, dense bf16", None, None),
+        ("load and first token: oxfuse exact", 0.7, True),
+    ):
+        bar = found[text]
+        assert bar.found == (None if value is None else pytest.approx(value)) and bar.holds is holds, text
+    assert "| decode 4096: oxfuse exact, of its speed at 128 | ≥ 92% | 80% | **DOES NOT HOLD** |" in result().to_markdown()
+    assert "| load and first token: oxfuse exact | ≤ 1.00 s | 0.70 s | holds |" in result().to_markdown()
+    lines = "\n".join(result_lines(result()))
+    assert "does not hold  decode 4096: oxfuse exact, of its speed at 128: 80% (wanted ≥ 92%)" in lines
+    assert "1.50 x llama.cpp, dense bf16" in lines
+    alone = replace(result(), engines={OURS: SPECS[OURS]}, figures=result().figures[:1], missing={}, footprints=[], agreements=[])
+    assert bars(alone) == [] and "bar" not in alone.to_markdown()
+    slow = replace(result(), footprints=[footprint(OURS, 1_900_000_000, 2_180_000_000, 1.1)])
+    assert [bar.holds for bar in bars(slow) if bar.holds is not None][-2:] == [False, False]
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:
@@ -86,6 +150,7 @@ def test_foreign_load_is_seen_and_own_load_is_not() -> None:
 def test_probes_measure_something() -> None:
     assert 1e8 < read_bandwidth(1, rounds=1) < 1e13
     assert 1e8 < matmul_peak(1, size=256, rounds=1) < 1e14
+    assert 1e8 < matmul_peak(1, size=256, rounds=1, dtypes=(torch.int8,)) < 1e15
 
 
 def test_cost_counts_what_a_token_reads(compiled) -> None:
@@ -107,31 +172,98 @@ def test_cost_counts_what_a_token_reads(compiled) -> None:
     both = [min(g.window, 1000) if g.window else 1000 for g in manifest.cache.groups]
     cached = sum(seen * len(g.layers) * 2 * kv * dim * width_of for seen, g in zip(both, manifest.cache.groups, strict=True))
     assert cost.decode_bytes(1000) == cost.dense_bytes + cost.share * cost.experts_bytes + cached
-    assert cost.decode_bytes(1000, bfloat16=True) > 0
+    assert cost.decode_bytes(1000, bfloat16=True) == 2 * (cost.dense + cost.head) + 2 * cost.share * cost.experts + cached
+    held = cost.decode_bytes_held(1000, dense=34 / 32, experts=17 / 32)
+    assert held == 34 / 32 * (cost.dense + cost.head) + 17 / 32 * cost.share * cost.experts + cached
+    assert cost.cache_bytes(1000) == cached
     one = cost.prefill_operations(1)
     assert one == 2 * (cost.dense + cost.share * cost.experts) + 2 * cost.head + 4 * heads * dim * layers
     assert cost.prefill_operations(100) > 99 * (one - 2 * cost.head)
     assert case.name == "mxfp4"
 
 
-def test_run_with_both_engines(compiled, tmp_path: Path) -> None:
+def contenders(checkpoint: Path, artifact: Path) -> list[Contender]:
+    own = of_artifact(SPECS[OURS], artifact, required=True)
+    return [own, of_transformers(SPECS[PEER], checkpoint, cost_of(read_manifest(artifact)))]
+
+
+def test_run_with_both_engines(compiled) -> None:
     _, checkpoint, artifact = compiled("base")
     plan = Plan(prompts=(20,), contexts=(30,), tokens=2, rounds=2, threads=1, wait=0)
-    found = measure_speed(artifact, plan, checkpoint=checkpoint)
+    found = measure_speed(contenders(checkpoint, artifact), plan, with_footprints=True)
     assert [(f.engine, f.phase, len(f.samples)) for f in found.figures] == [
-        (engine, phase, 2) for phase in ("prefill", "decode") for engine in ("oxfuse", "transformers")
+        (engine, phase, 2) for phase in ("decode", "prefill") for engine in (OURS, PEER)
     ]
-    assert found.missing == {} and found.agreement is not None and found.agreement > 0.99
-    assert all(f.implementation for f in found.figures if f.engine == "transformers")
+    assert found.missing == {} and len(found.bandwidths) == 2
+    (agreement,) = found.agreements
+    assert (agreement.engine, agreement.reference, list(agreement.correlations)) == (OURS, PEER, [1, 7, 40])
+    assert min(agreement.correlations.values()) > 0.99 and agreement.same >= 2  # bfloat16 may choose another of two close ones
+    assert all(f.implementation for f in found.figures if f.engine == PEER)
     assert all(math.isfinite(f.rate) and f.floor > 0 for f in found.figures)
+    cost = cost_of(read_manifest(artifact))
+    decode, prefill = found.figure(OURS, "decode", 30), found.figure(OURS, "prefill", 20)
+    assert decode is not None and decode.floor == cost.decode_bytes(30) / found.bandwidth
+    assert prefill is not None and prefill.floor == cost.prefill_operations(20) / 20 / found.peak
+    ours, theirs = found.footprints
+    assert ours.weights == sum(file.bytes for file in read_manifest(artifact).weights) and theirs.weights is None
+    assert ours.caches == {20: cost.cache_bytes(22)} and len(ours.first_seconds) == len(ours.load_seconds) == 3
+    assert ours.peaks[20] > ours.bare and 0 < ours.first_token < 60
 
 
-def test_a_peer_that_cannot_run_is_named(compiled, tmp_path: Path) -> None:
+def test_peers_that_cannot_run_are_named(compiled, tmp_path: Path) -> None:
     _, _, artifact = compiled("base")
     plan = Plan(prompts=(4,), contexts=(4,), tokens=1, rounds=1, threads=1, wait=0)
-    found = measure_speed(artifact, plan, checkpoint=tmp_path)
-    assert "transformers" in found.missing and [f.engine for f in found.figures] == ["oxfuse"] * 2
-    assert "transformers was not measured" in found.to_markdown()
+    wanted = [SPECS[key] for key in (OURS, LLAMA_BF16, PEER)]
+    for with_footprints in (True, False):
+        found = measure_speed(
+            contenders(tmp_path, artifact), plan, missing={LLAMA_BF16: "none"}, wanted=wanted, with_footprints=with_footprints
+        )
+        assert found.missing.keys() == {LLAMA_BF16, PEER} and [f.engine for f in found.figures] == [OURS] * 2
+        assert "transformers bf16 was not measured" in found.to_markdown()
+        assert "llama.cpp, dense bf16 was not measured: none" in found.to_markdown()
+    broken = replace(of_artifact(SPECS[OURS], artifact, required=True), arguments=("one too many",))
+    with pytest.raises(UserError, match="cannot be measured"):
+        measure_speed([broken], plan)
+
+
+def test_engines_that_do_not_fit_together_are_refused(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint, artifact = compiled("base")
+    plan = Plan(prompts=(4,), contexts=(4,), tokens=1, rounds=1, threads=1, wait=0)
+    little = Memory(total=2**34, available=2**20, limit=None)
+    monkeypatch.setattr("oxfuse.compiler.bench.speed.memory", lambda: little)
+    with pytest.raises(UserError, match=r"need .* together, 1.0 MB are available: .*--skip"):
+        measure_speed(contenders(checkpoint, artifact), plan, with_footprints=True)
+
+
+def test_a_variant_that_the_compiler_refuses_is_missing(compiled, tmp_path: Path) -> None:
+    _, checkpoint, _ = compiled("mxfp4")
+    strange = EngineSpec(key="strange", title="oxfuse strange", kind="oxfuse", policy={"activations": "int3"})
+    unknown = EngineSpec(key="unknown", title="oxfuse unknown", kind="oxfuse", policy={"colour": "blue"})
+    made, missing = compile_variants(checkpoint, tmp_path, [SPECS[OURS], strange, unknown], 64, silent)
+    assert made.keys() == {OURS} and missing.keys() == {"strange", "unknown"}
+    assert "activations is 'int3'" in missing["strange"] and "unknown option colour" in missing["unknown"]
+    assert spec_of(read_manifest(made[OURS])).key == OURS
+    stamp = (made[OURS] / "manifest.json").stat().st_mtime_ns
+    compile_variants(checkpoint, tmp_path, [SPECS[OURS]], 64, silent, again=False)
+    assert (made[OURS] / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="could not be compiled: activations is 'int3'"):
+        compile_variants(checkpoint, tmp_path, [strange], 64, silent)
+
+
+def test_artifacts_are_known_by_their_numerics(compiled) -> None:
+    manifest = read_manifest(compiled("base")[2])
+    for lossy, key in ((("activations",), INT8), (("activations", "dense"), INT8_DENSE), ((), OURS)):
+        numerics = {**manifest.numerics, **dict.fromkeys(lossy, "int8: blocks of 32")}
+        assert spec_of(replace(manifest, numerics=numerics)).key == key
+
+
+def test_engines_are_chosen_by_name() -> None:
+    assert chosen(ENGINES, (), ()) == ENGINES
+    assert [spec.key for spec in chosen(ENGINES, (OURS, PEER), (PEER,))] == [OURS]
+    with pytest.raises(UserError, match=r"vllm is no engine here: choose among .*llama-q8.*oxfuse"):
+        chosen(ENGINES, ("vllm",), ())
+    with pytest.raises(UserError, match="leave no engine of oxfuse"):
+        chosen(ENGINES, (PEER,), ())
 
 
 def test_defaults_fit_the_artifact() -> None:
@@ -147,7 +279,7 @@ def test_wrong_requests_are_refused(compiled, tmp_path: Path) -> None:
     longest = read_manifest(artifact).limits.max_context
     plan = Plan(threads=1)
     with pytest.raises(UserError, match=f"takes {longest}: choose smaller"):
-        measure_speed(artifact, replace(plan, contexts=(longest,)))
+        measure_speed([of_artifact(SPECS[OURS], artifact)], replace(plan, contexts=(longest,)))
     for change, message in (
         ({"rounds": 0}, "--rounds is 0"),
         ({"prompts": (0,)}, "--prompt is 0"),
@@ -159,10 +291,13 @@ def test_wrong_requests_are_refused(compiled, tmp_path: Path) -> None:
         ([str(artifact), "--peers"], "--peers needs the checkpoint"),
         (["--source", str(tmp_path)], "name the artifact"),
         (["--layers", "0", "--work", str(tmp_path)], "--layers is 0"),
+        (["--llama", sys.executable], "--llama is for --peers: add it"),
+        (["--peers", "--only", "transformers"], "leave no engine of oxfuse"),
+        (["--peers", "--skip", "vllm"], "vllm is no engine here"),
     ):
         error = CliRunner().invoke(bench, arguments).exception
         assert isinstance(error, UserError) and message in str(error)
     (broken := tmp_path / "broken").mkdir()
     with pytest.raises(UserError):
-        measure_speed(broken, plan)
+        of_artifact(SPECS[OURS], broken)
     assert oxfuse.errors.UserError is UserError

@@ -13,7 +13,7 @@ import torch
 
 from oxfuse.compiler.bench.memory import MemoryResult
 from oxfuse.compiler.bench.random_checkpoint import layers_of, write_checkpoint
-from oxfuse.compiler.process_memory import MemoryUse, MemoryWatch, memory_of, process_tree
+from oxfuse.compiler.process_memory import MemoryUse, MemoryWatch, memory_of, peak_resident, process_tree, reset_peak, resident
 from oxfuse.models.load import load_reference
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
@@ -172,3 +172,31 @@ def test_text_tells_the_verdict() -> None:
     assert "peak **900 MB** over a bare `import torch`, limit 1.5 GB: holds" in text
     assert "5.56% of the weights, limit 5%: DOES NOT HOLD" in text
     assert "python 700 MB, cc1plus 300 MB" in text
+
+
+GROWS = """
+import sys
+print("ready", flush=True)
+for line in sys.stdin:
+    block = b"x" * (60 << 20)
+    del block
+    print("done", flush=True)
+"""
+
+
+def test_kernel_keeps_the_peak_that_no_sample_sees() -> None:
+    with subprocess.Popen([sys.executable, "-c", GROWS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        before = resident(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        after, peak = resident(child.pid), peak_resident(child.pid)
+        assert before is not None and after is not None and peak is not None
+        assert after - before < 30 << 20 and peak - before > 50 << 20
+        if reset_peak(child.pid):
+            again = peak_resident(child.pid)
+            assert again is not None and again - before < 30 << 20
+        child.stdin.close()
+    assert resident(child.pid) is None and peak_resident(child.pid) is None and not reset_peak(child.pid)

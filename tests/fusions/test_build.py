@@ -96,20 +96,40 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
         {m: 6 * m for m in range(1, 5)} if ops.isa == "x86-64-v4" else {}
     )
     assert not any(re.search(r"zmm\d+,.*\(%r[sb]p\)", body) for _, body in pairs), "accumulators left the registers"
-    panels = re.findall(r"^\w+ <void oxfuse::advance_(wide|panel_pairs)<(\d+)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
-    counts = {(kind, int(r)): len(re.findall(rf"(?:vfmadd|vdpbf16)\w+ +.*%{register}", body)) for kind, r, body in panels}
-    made = ("wide", "panel_pairs") if ops.isa == "x86-64-v4" else ("wide",)
-    vectors = 2 if ops.isa == "x86-64-v4" else 4
-    assert counts == {(kind, r): vectors * r for kind in made for r in range(1, tall + 1)}
+    wide = ops.isa == "x86-64-v4"
+    panels = re.findall(r"^\w+ <void oxfuse::advance_(wide|panel_pairs|words)<(\d+)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
+    panels += [
+        ("bytes", rows, body)
+        for rows, body in re.findall(
+            r"^\w+ <void oxfuse::advance_bytes<oxfuse::Vnni, 12, (\d+)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S
+        )
+    ]
+    products = "vdpbf16ps|vpdpwssd|vpdpbusd|vfmadd"
+    counts = {(kind, int(r)): len(re.findall(rf"(?:{products})\w* +.*%{register}", body)) for kind, r, body in panels}
+    vectors = 2 if wide else 4  # of a pair of panels; those of a scaled block's sum come besides
+    expected = {("wide", r): 2 * vectors * r for r in range(1, tall + 1)}
+    expected |= {("bytes", r): 2 * vectors * r for r in range(1, (12 if wide else 2) + 1)}
+    if wide:
+        expected |= {("panel_pairs", r): vectors * r for r in range(1, 13)} | {
+            ("words", r): 2 * vectors * r for r in range(1, 13)
+        }
+    assert counts == expected
     assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in panels), "accumulators left the registers"
     strips = re.findall(r"^\w+ <void oxfuse::outer<(\d), (\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
     counts = {(int(m), int(v)): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, v, body in strips}
     assert counts == {(m, v): m * v for m in range(1, 7) for v in range(1, 1 + (4 if ops.isa == "x86-64-v4" else 2))}
     assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in strips), "accumulators left the registers"
     functions = re.findall(r"^\w+ <(.*?)>:\n(.*?)\n\n", text, re.M | re.S)
-    where = {re.sub("<.*", "", name).removeprefix("void oxfuse::") for name, body in functions if "vdpbf16ps" in body}
-    asking = {"advance_pairs", "advance_panel_pairs", "stream_pairs"}  # they are called where the processor has the instruction
-    assert where == (asking if ops.isa == "x86-64-v4" else set())
+    # They are called where the processor has the instruction.
+    asking = {
+        "vdpbf16ps": {"advance_pairs", "advance_panel_pairs", "stream_pairs"} if wide else set(),
+        "vpdpwssd": {"advance_words"} if wide else set(),
+        "vpdpbusd": {"advance_bytes", "stream_bytes"},
+    }
+    for instruction, names in asking.items():
+        users = [name.removeprefix("void oxfuse::") for name, body in functions if instruction in body]
+        assert {re.sub("<.*", "", name) for name in users} == names
+        assert instruction != "vpdpbusd" or all("Vnni" in name for name in users)
 
 
 def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:
