@@ -22,6 +22,7 @@ class EngineSpec:
     """An engine by name. `policy`: options of `oxfuse.compile`; `dense`: what llama.cpp's file holds dense matrices in.
 
     `rival`: which of llama.cpp's rows holds the same weights. `int8`: whether it may multiply in int8, which sets its floor.
+    `most_tokens`: the longest prompt or context that it is asked for.
     """
 
     key: str
@@ -31,6 +32,11 @@ class EngineSpec:
     dense: Dense = "bf16"
     rival: str | None = None
     int8: bool = False
+    most_tokens: int | None = None
+
+    def takes(self, tokens: int) -> bool:
+        """Tell whether the engine is asked for sequences that begin with so many tokens."""
+        return self.most_tokens is None or tokens <= self.most_tokens
 
 
 VARIANTS = (
@@ -50,7 +56,8 @@ VARIANTS = (
 PEERS = (
     EngineSpec(key=LLAMA_BF16, title="llama.cpp, dense bf16", kind="llama", dense="bf16", int8=True),
     EngineSpec(key=LLAMA_Q8, title="llama.cpp, dense q8_0", kind="llama", dense="q8_0", int8=True),
-    EngineSpec(key=PEER, title="transformers bf16", kind="transformers"),
+    # Its attention holds all scores of a layer at once: at 4096 tokens it needed more memory than all others together.
+    EngineSpec(key=PEER, title="transformers bf16", kind="transformers", most_tokens=1024),
 )
 ENGINES = VARIANTS + PEERS
 

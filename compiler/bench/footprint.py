@@ -94,7 +94,7 @@ def measure_footprint(contender: Contender, plan: Plan, cost: Cost, load: Foreig
         if engine.implementations:
             engine.ask(do="choose", implementation=engine.implementations[0])
         reset_peak(engine.process.pid)  # where that is not allowed, the peak of loading is in what follows
-        for prompt in sorted(plan.prompts):
+        for prompt in [n for n in sorted(plan.prompts) if contender.spec.takes(n)] or [FIRST_PROMPT]:
             engine.ask(do="prefill", tokens=prompt)
             if prompt + plan.tokens <= plan.longest:
                 engine.ask(do="decode", tokens=plan.tokens)

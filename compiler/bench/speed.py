@@ -206,6 +206,8 @@ def _phase(
     """Take the samples of all engines in one phase, in turns."""
     turns = []
     for contender, worker in workers:
+        if not contender.spec.takes(size):
+            continue
         progress(f"{phase} {size}: trying {contender.spec.title}", None)
         work = contender.decode_bytes(size) if phase == "decode" else cost.prefill_operations(size) / size
         best = best_implementation(worker, phase, size)
