@@ -90,8 +90,8 @@ def assert_close(got: Any, exact: Any, dtype: torch.dtype, roundings: int = 1, i
 def inner_of(case: OpCase, dtype: torch.dtype, isa: str, features: Set[str]) -> float:
     """What the C++ op may lose inside in a build for `isa` on a processor with `features`, relative to the largest result.
 
-    Where it multiplies bfloat16, hidden values are rounded to it: half a unit of each, of which sums are made. Where it multiplies
-    bytes alone, many rows of bfloat16 are numbers of 16 bits, by the largest value of a block.
+    Where it multiplies bfloat16, hidden values are rounded to it: half a unit of each, of which sums are made. Where it
+    multiplies bytes but not that, many rows of bfloat16 become numbers of 16 bits: 2^-16 of a block's largest value is lost.
     """
     if case.op != "oxfuse::moe_dispatch" or dtype != torch.bfloat16 or isa != "x86-64-v4":
         return 0.0
