@@ -14,6 +14,9 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#ifdef OXFUSE_OWN_THREADS
+#include <thread>
+#endif
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -30,9 +33,25 @@ namespace oxfuse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::parallel_for;
 
+#ifdef OXFUSE_OWN_THREADS
+// Threads that ThreadSanitizer follows, as it does not follow torch's pool; and as many of them as torch would at most take, however little
+// there is to do, so that small inputs meet every race.
+constexpr int64_t GRAIN = 1;
+
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t, const Body& body) {
+  const int64_t items = std::max<int64_t>(0, end - begin), parts = std::min<int64_t>(items, torch::stable::get_num_threads());
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < parts; ++i)
+    threads.emplace_back([&, i] { body(begin + items * i / parts, begin + items * (i + 1) / parts); });
+  for (std::thread& thread : threads) thread.join();
+}
+#else
 constexpr int64_t GRAIN = 65536;  // multiplications below which a thread is not worth waking
+
+using torch::stable::parallel_for;
+#endif
 
 // Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
 // macro would cost a stream for each.
@@ -91,9 +110,10 @@ using Buffer = std::unique_ptr<T[], Free>;
 template <class T>
 Buffer<T> buffer(int64_t count) {
   constexpr size_t page = 2 << 20;
-  const size_t bytes = std::max<int64_t>(count, 1) * sizeof(T), unit = bytes < 2 * page ? 64 : page, size = (bytes + unit - 1) / unit * unit;
-  void* memory = std::aligned_alloc(unit, size);
-  if (!memory) throw std::bad_alloc();
+  const size_t bytes = std::max<int64_t>(count, 1) * sizeof(T), unit = bytes < 2 * page ? 64 : page;
+  const size_t size = unit == page ? (bytes + page - 1) / page * page : bytes;  // small ones exact: a sanitizer sees what goes past the end
+  void* memory;
+  if (posix_memalign(&memory, unit, size)) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
   if (unit == page) madvise(memory, size, MADV_HUGEPAGE);  // advice: it may be refused
 #endif

@@ -201,8 +201,11 @@ class RoundedBlocks {
     Ints total{};
     for (int k = 0; k < BLOCK; k += LANES) {
       Floats product = load(x + k) * inverse;
-#ifdef __x86_64__
-      asm("" : "+x"(product));  // rounded before the sum, as the reference does it: no fused multiply-add here
+      // Rounded before the sum, as the reference does it: no fused multiply-add here.
+#ifdef __AVX2__
+      asm("" : "+x"(product));
+#else
+      asm("" : "+m"(product));  // no register holds all of it
 #endif
       const Ints value = (Ints)(product + magic) - 0x4B400000;
       total += value;

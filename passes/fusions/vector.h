@@ -199,11 +199,12 @@ __attribute__((noinline)) void advance_steps(const W& w, const float* const* x, 
 }
 
 // Whether the processor at hand can multiply bfloat16. The library is built for a level that need not have it, so this is asked when it runs.
-// OXFUSE_EMULATE_BF16 stands in for such a processor: what surrounds the instruction can then be tested anywhere.
+// OXFUSE_EMULATE_BF16 stands in for such a processor: what surrounds the instruction can then be tested anywhere. OXFUSE_NO_BF16 stands for one
+// that cannot.
 inline bool has_bfloat16() {
 #ifdef OXFUSE_EMULATE_BF16
   return true;
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && !defined(OXFUSE_NO_BF16)
   return __builtin_cpu_supports("avx512bf16");
 #else
   return false;

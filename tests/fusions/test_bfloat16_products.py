@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from oxfuse.passes.fusions import build
-from oxfuse.passes.fusions.build import OpsBuild, build_ops, cpu_kernels, load_ops
+from oxfuse.passes.fusions.build import OpsBuild, load_ops
 from oxfuse.passes.fusions.contract import OpCase
-from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.passes.fusions.moe_dispatch.cases import CASES
 from oxfuse.runtime.machine import cpu_features
 
@@ -18,13 +17,8 @@ TOLERANCE = 2.0**-8  # of the largest result: its own rounding, and that of the 
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> OpsBuild:
-    if resolve_isa("native")[0] != "x86-64-v4":
-        pytest.skip("this CPU does not have AVX-512")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "FLAGS", (*build.FLAGS, "-DOXFUSE_EMULATE_BF16"))
-        kernels = [kernel for kernel in cpu_kernels() if "oxfuse::moe_dispatch" in kernel.ops]
-        made = build_ops(kernels, "x86-64-v4", tmp_path_factory.mktemp("emulated") / "ops.so")
+def emulated(build_with: Callable[..., OpsBuild]) -> OpsBuild:
+    made = build_with("x86-64-v4", "-DOXFUSE_EMULATE_BF16", ops=("oxfuse::moe_dispatch",))
     load_ops(made)
     return made
 
