@@ -150,8 +150,9 @@ def _manifests(contenders: Sequence[Contender], plan: Plan) -> dict[str, Manifes
 
 
 def _check_memory(found: Collection[Footprint]) -> None:
-    """Raise UserError if the engines, measured one by one, do not fit into memory together."""
-    machine, needed = memory(), sum(one.peak for one in found)
+    """Raise UserError if the engines, measured one by one, do not fit into memory together: all loaded, and one at work."""
+    standing = {one.engine: min(one.loading, one.peak) for one in found}
+    machine, needed = memory(), sum(standing.values()) + max((one.peak - standing[one.engine] for one in found), default=0)
     if machine is not None and needed > min(machine.available, machine.limit or machine.total):
         raise UserError(
             f"The engines need {size_text(needed)} together, {size_text(machine.available)} are available: leave some out with "
