@@ -46,6 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return oxfuse.compile(random_gpt_oss(place / "checkpoint", max_position_embeddings=32768), place / "artifact", max_batch=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_grows_with_the_caches_alone(artifact: Path) -> None:
     lengths = [2 * PREFILL_CHUNK] * 2 + [LONG]  # the first makes buffers
@@ -58,6 +59,7 @@ def test_peak_memory_grows_with_the_caches_alone(artifact: Path) -> None:
     assert long - long_caches < short - min(short, short_caches) + 4e6
 
 
+@pytest.mark.slow
 def test_a_long_prompt_that_comes_again(artifact: Path) -> None:
     """Across windows and chunks: the tokens that it gets without a prefix cache."""
     ids = [(7 * n + n * n // 13) % 200 for n in range(5 * PREFILL_CHUNK + 100)]

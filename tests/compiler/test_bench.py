@@ -210,6 +210,7 @@ def test_run_with_both_engines(compiled) -> None:
     assert ours.peaks[20] > ours.bare and 0 < ours.first_token < 60
 
 
+@pytest.mark.slow
 def test_peers_that_cannot_run_are_named(compiled, tmp_path: Path) -> None:
     _, _, artifact = compiled("base")
     plan = Plan(prompts=(4,), contexts=(4,), tokens=1, rounds=1, threads=1, wait=0)
@@ -226,6 +227,7 @@ def test_peers_that_cannot_run_are_named(compiled, tmp_path: Path) -> None:
         measure_speed([broken], plan)
 
 
+@pytest.mark.slow
 def test_engines_that_do_not_fit_together_are_refused(compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     _, checkpoint, artifact = compiled("base")
     plan = Plan(prompts=(4,), contexts=(4,), tokens=1, rounds=1, threads=1, wait=0)
@@ -235,6 +237,7 @@ def test_engines_that_do_not_fit_together_are_refused(compiled, monkeypatch: pyt
         measure_speed(contenders(checkpoint, artifact), plan, with_footprints=True)
 
 
+@pytest.mark.slow
 def test_a_variant_that_the_compiler_refuses_is_missing(compiled, tmp_path: Path) -> None:
     _, checkpoint, _ = compiled("mxfp4")
     strange = EngineSpec(key="strange", title="oxfuse strange", kind="oxfuse", policy={"activations": "int3"})

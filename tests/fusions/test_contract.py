@@ -18,6 +18,7 @@ import torch
 from oxfuse.passes import fusions
 from oxfuse.passes.fusions.build import OpsBuild
 from oxfuse.passes.fusions.contract import OpCase
+from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.runtime.machine import cpu_features
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -190,4 +191,5 @@ def test_cpp_op_registers_what_the_compiler_relies_on(case: OpCase, ops: OpsBuil
     for theirs, ours in aliases.items():
         plain = plain.replace(theirs, ours)
     assert cpp.replace(name, case.op) == plain
-    torch.library.opcheck(op(name), case.args(CPP_OPS[case.op][0]), test_utils=("test_schema", "test_faketensor"))
+    if ops.isa == resolve_isa("native")[0]:  # at other levels the same source says the same
+        torch.library.opcheck(op(name), case.args(CPP_OPS[case.op][0]), test_utils=("test_schema", "test_faketensor"))

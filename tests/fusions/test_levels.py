@@ -80,6 +80,7 @@ def test_the_builds_multiply_bytes_in_different_ways(without_vnni: OpsBuild, wit
     assert "vpdpbusd" in one and "vpdpbusd" not in two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), MOE_CALLS)
 def test_bfloat16_on_processors_that_do_not_multiply_it(
     case: OpCase, dtype: torch.dtype, processor: tuple[OpsBuild, frozenset[str]]
@@ -89,6 +90,7 @@ def test_bfloat16_on_processors_that_do_not_multiply_it(
     assert_same_for_threads(case, dtype, made, (1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), CPP_CALLS)
 def test_portable_level(case: OpCase, dtype: torch.dtype, portable: OpsBuild) -> None:
     assert_rounds_once(case, dtype, portable)

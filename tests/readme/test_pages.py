@@ -187,7 +187,7 @@ def test_tables_name_what_there_is() -> None:
     assert rows("artifacts/README.md", "The manifest") == [field.name for field in dataclasses.fields(Manifest)]
     assert rows("models/README.md", "The contract") == [field.name for field in dataclasses.fields(ModelContract)]
     fusions = [fusion.name for fusion in all_fusions()]
-    assert rows("passes/README.md", "In order") == ["drop_noops", *fusions, "insert_cache"]
+    assert rows("passes/README.md", "In order") == ["drop_noops", *fusions, "pack_weights", "insert_cache"]
 
 
 def test_links_lead_somewhere() -> None:
