@@ -17,10 +17,11 @@ from oxfuse.passes.fusion import Emitter
 from oxfuse.passes.fusions.linear_int8 import reference as reference  # registers the op
 from oxfuse.passes.fusions.linear_int8.reference import ORDER, PANEL
 from oxfuse.passes.graph import OXFUSE, A, args_of, is_op, shape_of
-from oxfuse.passes.quantise import BLOCK, dequantised, quantise
+from oxfuse.passes.quantise import BLOCK, Bits, dequantised, quantise
 from oxfuse.passes.weights import WeightTable
 
-BITS, SCALES = 8, torch.bfloat16
+BITS: Bits = 8
+SCALES = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class PackedInt8:
         """Return the panels."""
         values, _ = quantise(_whole(weights), BITS, SCALES)
         fours = values.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, 4, 8))[..., list(ORDER)].unflatten(-1, (2, 4))
-        return fours.permute(0, 2, 3, 4, 1, 5).flatten(2)  # [P, K / 32, 4, 2, 16, 4]
+        panels: Tensor = fours.permute(0, 2, 3, 4, 1, 5).flatten(2)  # [P, K / 32, 4, 2, 16, 4]
+        return panels
 
     def restored(self, weights: Tensor) -> Tensor:
         """Return what becomes of weights [N, K], in float32."""
@@ -61,7 +63,8 @@ class PackedInt8Scales:
     def apply(self, weights: Tensor) -> Tensor:
         """Return the scales."""
         _, scales = quantise(_whole(weights), BITS, SCALES)
-        return scales.unflatten(0, (-1, PANEL)).transpose(1, 2)
+        panels: Tensor = scales.unflatten(0, (-1, PANEL)).transpose(1, 2)
+        return panels
 
 
 def _whole(weights: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def unpacked(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     eights = values.unflatten(-1, (4, 2, PANEL, 4)).permute(0, 4, 1, 2, 3, 5).flatten(-2)  # [P, 16, B, 4, 8]
     places = [ORDER.index(value) for value in range(8)]
     numbers = (eights[..., places].to(dtype) - ZERO[8]).flatten(-2)  # [P, 16, B, 32]
-    return (numbers * scales.to(dtype).transpose(1, 2)[..., None]).flatten(2).flatten(0, 1)
+    weights: Tensor = (numbers * scales.to(dtype).transpose(1, 2)[..., None]).flatten(2).flatten(0, 1)
+    return weights
 
 
 def _fake(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, rows: int, int8_activations: bool = False) -> Tensor:
