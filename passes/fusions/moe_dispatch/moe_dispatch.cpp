@@ -10,7 +10,7 @@
 
 namespace oxfuse {
 
-constexpr int64_t STEP_BYTES = 128 << 20;  // bound of the hidden values and outputs of the routed rows held at once
+constexpr int64_t STEP_BYTES = 48 << 20;  // bound of the hidden values and outputs of the routed rows held at once, in float32
 
 inline Floats swiglu(Floats gate, Floats up, float alpha, float limit) {
   gate = gate > limit ? splat(limit) : gate;  // in this form NaN stays NaN
@@ -189,8 +189,10 @@ static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool
   const Places sorted_places(routing.begin, blocks), inner_places(routing.begin, width / BLOCK);
   const auto many = [&](const Group& group) { return group.count > STREAMED_ROWS; };
   const bool words = std::is_same_v<T, bfloat16> && !rounded && multiplies_words() && std::any_of(sorted_places.groups.begin(), sorted_places.groups.end(), many);
-  const Buffer<float> sorted = buffer<float>(rounded ? 0 : rows * hidden), inner = buffer<float>(rows * width), outer = buffer<float>(rows * hidden);
-  const Buffer<bfloat16> sorted_half = buffer<bfloat16>(halved ? rows * hidden : 0), inner_half = buffer<bfloat16>(halved ? rows * width : 0);
+  Buffer<float> sorted = buffer<float>(rounded ? 0 : rows * hidden);
+  Buffer<bfloat16> sorted_half = buffer<bfloat16>(halved ? rows * hidden : 0);
+  const Buffer<float> inner = buffer<float>(rows * width);
+  const Buffer<bfloat16> inner_half = buffer<bfloat16>(halved ? rows * width : 0);
   Activations sources{sorted.get(), halved ? sorted_half.get() : nullptr}, inners{inner.get(), halved ? inner_half.get() : nullptr};
   std::optional<RoundedBlocks<int8_t>> sorted_bytes, inner_bytes;
   std::optional<RoundedBlocks<int16_t>> sorted_words, inner_words;
@@ -228,6 +230,8 @@ static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool
         if (halved) store_narrow(&inner_half[at], value);
       }
   });
+  sorted.reset(), sorted_half.reset(), sorted_bytes.reset(), sorted_words.reset();
+  const Buffer<float> outer = buffer<float>(rows * hidden);
   if (rounded) inners = {.bytes = inner_bytes.emplace(round_blocks<int8_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers()};
   if (words) inners.words = inner_words.emplace(round_blocks<int16_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers();
   for_each_panel_pair(down, inner_places, inners, [&](const Group& group, int64_t panel, const float* results) {
@@ -276,7 +280,9 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
   const Values router_b("router_bias", router_bias), gate_up_b("gate_up_bias", gate_up_bias), down_b("down_bias", down_bias);
   const int64_t tokens = hidden ? x.numel() / hidden : 0, stride = round_up(hidden, 32);
-  const int64_t step = std::max<int64_t>(1, STEP_BYTES / (4 * top_k * (width + hidden)));
+  // Steps as alike as can be: experts are read in each of them, and a short one would gain little of it.
+  const int64_t most = std::max<int64_t>(1, STEP_BYTES / (4 * top_k * (width + hidden)));
+  const int64_t steps = std::max<int64_t>(1, (tokens + most - 1) / most), step = std::max<int64_t>(1, (tokens + steps - 1) / steps);
   with_type("x", x, [&](auto type) {
     using T = decltype(type);
     const T* router = data<T>(router_weight);
