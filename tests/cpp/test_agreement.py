@@ -148,7 +148,8 @@ def test_any_calls_give_what_they_give_in_python(compiled, driver, tmp_path, nam
         assert found == [engine.used_blocks, engine.steps, engine.reused_tokens], f"step {step}, {what}"
         seen[what] = seen.get(what, 0) + 1
     assert seen.keys() >= {"prefill", "decode", "rewind", "fork", "open"} and (seed or batch > 1 or "out of cache" in seen), seen
-    assert model.reused_tokens > (0 if bound else 50), "little was found, so little was compared"
+    enough = 0 if bound or name == "neox" else 50  # without windows a rewind finds what it needs where it was
+    assert model.reused_tokens > enough, "little was found, so little was compared"
 
 
 def test_a_rewind_runs_again_what_the_window_forgot_and_nothing_else(compiled, driver, tmp_path):

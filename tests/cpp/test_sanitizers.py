@@ -35,14 +35,21 @@ def test_the_suppressions_are_for_torch_alone():
 def test_the_sample_programs_are_clean(sanitized, compiled, name, options):
     case, _, artifact = compiled(name, **options)
     prompt = random_ids(case, 40).tolist()
+    crashed = False
     for command in (
         [sanitized.samples / "oxfuse_generate_c", artifact, 30, *prompt],
         [sanitized.samples / "oxfuse_generate", artifact, ids_text(prompt), "-n", 30, "--temperature", 1, "--top-p", 0.9],
         [sanitized.samples / "oxfuse_generate_c", "/nowhere", 30, *prompt],
     ):
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+        words, environment = [str(word) for word in command], {**os.environ, **ENVIRONMENT}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        if "Tracer caught signal" in done.stderr:  # LeakSanitizer itself: it guesses where thread-local memory ends
+            crashed = True
+            done = subprocess.run(words, capture_output=True, text=True, env=environment | {"ASAN_OPTIONS": "detect_leaks=0"})
         expected = 2 if "/nowhere" in command else 0
         assert done.returncode == expected and "Sanitizer" not in done.stderr, done.stderr[-4000:]
+    if crashed:
+        pytest.xfail("LeakSanitizer crashed while it looked for leaks; AddressSanitizer alone found nothing")
 
 
 def test_all_calls_are_clean(sanitized, compiled, copy):
