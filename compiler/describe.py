@@ -48,7 +48,7 @@ EXPERTS = {
 }
 DENSE_INT8 = {
     "onnx": "int8: embeddings and head of 8 bits in blocks of 32, the head's inputs rounded to 8 bits; all else exact",
-    "cpu": "int8: weights of dense layers and of the head of 8 bits in blocks of 32; embeddings, norms and router exact",
+    "cpu": "int8: weights of dense layers and untied heads of 8 bits in blocks of 32; embeddings, norms and router exact",
 }
 ACTIVATIONS_INT8 = "int8: what is multiplied with weights of 8 bits or fewer rounded to 8 bits in blocks of 32; all else {}"
 

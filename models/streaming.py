@@ -118,7 +118,7 @@ class _ChangedProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.matmul and isinstance(args[1], nn.Parameter):
+        if func in (torch.matmul, F.linear) and isinstance(args[1], nn.Parameter):
             args = (self._change(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 

@@ -82,6 +82,16 @@ def test_loss_on_held_out_text(tmp_path: Path, options: dict[str, str], kl: floa
     assert 1e-7 < divergence < kl and abs(losses[0] - losses[1]) < kl
 
 
+def test_a_tied_head_stays_what_the_embedding_is(tmp_path: Path) -> None:
+    """One weight of the checkpoint has one value, in the artifact and for the oracle that it is measured against."""
+    folder = random_gpt_oss(tmp_path / "checkpoint", tie_word_embeddings=True, num_hidden_layers=1)
+    artifact = oxfuse.compile(folder, tmp_path / "artifact", dtype="float32", dense="int8")
+    found = verify_artifact(artifact)["golden"]
+    assert found["own_weights"]["rms_error"] < ROUNDING * found["rms_error"]
+    tensors = json.loads((artifact / "manifest.json").read_text())["weights"][0]["tensors"]
+    assert "model.embed_tokens.weight" in tensors and not any(name.startswith("lm_head") for name in tensors)
+
+
 def test_activations_need_weights_of_few_bits(tmp_path: Path) -> None:
     folder = random_gpt_oss(tmp_path / "checkpoint")
     with pytest.raises(UserError, match=r"activations is 'int8', but the model has no weights of 8 bits or fewer"):

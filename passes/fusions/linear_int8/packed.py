@@ -73,12 +73,24 @@ def _whole(weights: Tensor) -> Tensor:
 
 
 def pack_linears(module: fx.GraphModule, weights: WeightTable, *, int8_activations: bool) -> list[list[str]]:
-    """Let the graph's dense layers read weights of 8 bits, in place; return the checkpoint's name of each one's weight."""
+    """Let the graph's dense layers read weights of 8 bits, in place; return the checkpoint's name of each one's weight.
+
+    A weight that something else reads too, as the embedding reads that of a tied head, stays as it is: it has but one value.
+    """
     packed = []
+    readers = [
+        (weights[str(read.target)].source, user) for read in module.graph.nodes if read.op == "get_attr" for user in read.users
+    ]
+    shared = {source for source, user in readers if not is_op(user, A.linear.default)}
     for node in [node for node in module.graph.nodes if is_op(node, A.linear.default)]:
         x, weight, bias = (*args_of(node), None)[:3]
         name = str(weight.target)
-        if weight.op != "get_attr" or weights[name].encoding != "dense" or weights[name].computed:
+        if (
+            weight.op != "get_attr"
+            or weights[name].encoding != "dense"
+            or weights[name].computed
+            or weights[name].source in shared
+        ):
             continue
         emitter = Emitter(module=module, weights=weights, like=node)
         with module.graph.inserting_before(node):
