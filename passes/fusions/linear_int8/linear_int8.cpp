@@ -3,7 +3,7 @@
 
 namespace oxfuse {
 
-// Panels of 16 rows: of each block of 32 values 512 bytes, eight fours of every row, in the order of `Bytes`; and 16 scales in bfloat16.
+// Panels of 16 rows: of each block of 32 values 512 bytes, eight fours of every row, in the order of `Numbers`; and 16 scales in bfloat16.
 struct Int8 {
   static constexpr int ZERO = 128;
   static constexpr float UNIT = 1.f;
