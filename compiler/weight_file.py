@@ -26,6 +26,7 @@ from oxfuse.runtime.manifest import WeightFile, WeightTensor
 
 ALIGNMENT = 64  # one cache line, one AVX-512 register
 PIECE = 16 << 20  # bytes held at a time
+LARGE_PAGE = 2 << 20  # bytes, of x86-64
 CODES = {  # dtype names of the safetensors format
     torch.float64: "F64",
     torch.float32: "F32",
@@ -134,7 +135,7 @@ def write_weights(path: Path, entries: Mapping[str, WeightEntry], progress: Call
     require_space(path.parent, total)
     tensors, buffer = dict[str, WeightTensor](), torch.empty(PIECE, dtype=torch.uint8)
     try:
-        with path.open("wb") as file:
+        with path.open("wb", buffering=LARGE_PAGE) as file:
             file.write(header)
             for name in order:
                 entry = entries[name]
@@ -194,8 +195,11 @@ def _write_tensor(file: BinaryIO, buffer: Tensor, name: str, entry: WeightEntry,
                 piece = room.copy_(piece)
             data: memoryview = piece.reshape(-1).view(torch.uint8).numpy().data  # bytes: NumPy knows no bfloat16
             digest.update(data)
-            file.write(data)
-            progress(len(data))
+            # What is written at once up to its end becomes one large page of the page cache, as it is mapped later.
+            while data:
+                end = LARGE_PAGE - file.tell() % LARGE_PAGE
+                progress(file.write(data[:end]))
+                data = data[end:]
     if rows != (entry.shape[0] if entry.shape else 1):
         raise InternalError(f"The weight {name} yields {rows} rows; the file has room for {entry.shape}.")
     return digest.hexdigest()

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -52,6 +53,15 @@ constexpr int64_t GRAIN = 65536;  // multiplications below which a thread is not
 
 using torch::stable::parallel_for;
 #endif
+
+// Calls body(next) on threads that `work` multiplications are worth, `next()` being each of the numbers below `items` once, and then `items`:
+// whoever is free takes the next one, so that none waits long for a slower one.
+template <class Body>
+void share(int64_t items, int64_t work, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] { return std::min(taken.fetch_add(1), items); };
+  parallel_for(0, std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()}), 1, [&](int64_t, int64_t) { body(next); });
+}
 
 // Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
 // macro would cost a stream for each.

@@ -13,8 +13,6 @@
 //   static Bits bytes(raw, half)           four values of each row as bytes, values 0 4 1 5 of the eight or 2 6 3 7: ZERO + value / UNIT
 #pragma once
 
-#include <atomic>
-
 #include "product.h"
 
 namespace oxfuse {
@@ -491,18 +489,16 @@ void multiply_panels(const F& w, int64_t expert, int64_t panel, const Activation
   if (!multiply_specially(w, panels, x, m, scratch)) multiply_wide(w, panels, x, m, scratch);
 }
 
-// Calls out(group, first panel, results) for all products of groups of rows with the panels of their experts, two panels at a time. Whoever of
-// the threads is free takes the next part, so that none waits long for a slower one.
+// Calls out(group, first panel, results) for all products of groups of rows with the panels of their experts, two panels at a time.
 template <class F, class Out>
 void for_each_panel_pair(const F& w, const Places& places, const Activations& x, Out&& out) {
   const int64_t pairs = (w.panels + PAIR - 1) / PAIR, groups = places.groups.size(), rows = places.group.size();
   if (!groups) return;
   const int64_t parts = std::min(pairs, std::max<int64_t>(12, 48 / groups));  // of the panels: dozens in all, so that the last ones do not take long
-  const int64_t items = groups * parts, work = rows * w.panels * PANEL_ROWS * w.length;
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()}), 1, [&](int64_t, int64_t) {
+  const int64_t items = groups * parts;
+  share(items, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
     const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
-    for (int64_t item; (item = next.fetch_add(1)) < items;) {
+    for (int64_t item; (item = next()) < items;) {
       const Group& group = places.groups[item / parts];
       const int64_t part = item % parts;
       const Activations own = x.at(group.first * places.blocks, group.count);

@@ -156,7 +156,7 @@ template <class T>
 struct Dense {
   const T* row[NR];
   int64_t ahead;
-  void fetch(int r, int64_t k) const { __builtin_prefetch(row[r] + k + ahead); }
+  void fetch(int r, int64_t k) const { __builtin_prefetch(row[r] + k + ahead, 0, 2); }
   Floats vector(int r, int64_t k) const { return load(row[r] + k); }
 };
 

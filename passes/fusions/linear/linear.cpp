@@ -89,18 +89,77 @@ static void decode_wide(const DensePanels& w, const int64_t* panels, int64_t fir
     }
 }
 
-// out[t] = x[t] . rows + bias for rows of x in float32, padded with zeros to whole vectors.
-static void multiply_few(const float* const* x, int64_t tokens, const DenseRows<bfloat16>& weight, const std::optional<Values>& bias,
-                         bfloat16* out) {
-  const int64_t tiles = round_up(weight.rows, NR) / NR;
-  parallel_for(0, tiles, 1 + GRAIN / (tokens * NR * weight.length + 1), [&](int64_t first, int64_t last) {
-    Scratch scratch;
-    for (int64_t row = first * NR; row < std::min(last * NR, weight.rows); row += NR) {
-      product(weight.tile(0, row), x, static_cast<int>(tokens), weight.length, scratch);
-      for (int64_t i = 0; i < tokens; ++i)
-        for (int64_t r = 0; r < NR && row + r < weight.rows; ++r)
-          out[i * weight.rows + row + r] = narrow<bfloat16>(scratch.tile[i * NR + r] + (bias ? (*bias)[row + r] : 0.f));
+constexpr int STREAMS = 2;           // rows that are read at once: the memory serves two streams better than one
+constexpr int STEP = 2 * LANES;      // values of a row that are taken at once
+constexpr int64_t AHEAD = 4 * 1024;  // values: how far ahead of what is multiplied the memory is asked at least
+constexpr int64_t PART = 512 * 1024;  // values that a thread takes at a time
+
+// Takes STEP values apart: those with even places, and the others. A shift and a mask do it.
+static void take_apart(const bfloat16* from, Floats& even, Floats& odd) {
+  Bits pairs;
+  std::memcpy(&pairs, from, sizeof(pairs));
+  even = (Floats)(pairs << 16);
+  odd = (Floats)(pairs & 0xffff0000u);
+}
+
+// out[m][r] = x[m] . row r. Each STEP values of x are taken apart, and zeros fill its rows, `stride` apart, up to whole steps.
+template <int M>
+__attribute__((noinline)) void stream_rows(const bfloat16* const* rows, const float* x, int64_t stride, int64_t length, float (*out)[STREAMS]) {
+  const int64_t ahead = std::max(STREAMS * length, AHEAD);  // rows follow each other
+  Floats even[M][STREAMS] = {}, odd[M][STREAMS] = {};
+  bfloat16 ends[STREAMS][STEP] = {};
+  for (int64_t k = 0; k < length; k += STEP) {
+    const bfloat16* from[STREAMS];
+    for (int r = 0; r < STREAMS; ++r) from[r] = rows[r] + k;
+    if (k + STEP > length)
+      for (int r = 0; r < STREAMS; ++r) from[r] = static_cast<bfloat16*>(std::memcpy(ends[r], from[r], (length - k) * sizeof(bfloat16)));
+#pragma GCC unroll 2
+    for (int r = 0; r < STREAMS; ++r) {
+      __builtin_prefetch(from[r] + ahead, 0, 2);  // to the second level: the first has too few places for what is under way
+      Floats first, second;
+      take_apart(from[r], first, second);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        even[m][r] += load(x + m * stride + k) * first;
+        odd[m][r] += load(x + m * stride + k + LANES) * second;
+      }
     }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < STREAMS; ++r) out[m][r] = sum(even[m][r] + odd[m][r]);
+}
+
+// out[t] = x[t] . rows + bias for at most MR rows of x.
+static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weight, int64_t rows, int64_t length, const std::optional<Values>& bias,
+                         bfloat16* out) {
+  const int64_t stride = round_up(length, STEP);
+  const Buffer<float> wide = buffer<float>(tokens * stride);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < stride; k += STEP) {
+      bfloat16 values[STEP] = {};
+      std::memcpy(values, x + t * length + k, std::min<int64_t>(STEP, length - k) * sizeof(bfloat16));
+      Floats even, odd;
+      take_apart(values, even, odd);
+      store(&wide[t * stride + k], even);
+      store(&wide[t * stride + k + LANES], odd);
+    }
+  const int64_t part = std::max<int64_t>(1, PART / (STREAMS * length + 1)) * STREAMS, parts = (rows + part - 1) / part;
+  share(parts, tokens * rows * length, [&](const auto& next) {
+    for (int64_t item; (item = next()) < parts;)
+      for (int64_t row = item * part; row < std::min((item + 1) * part, rows); row += STREAMS) {
+        const bfloat16* from[STREAMS];
+        for (int r = 0; r < STREAMS; ++r) from[r] = weight + std::min(row + r, rows - 1) * length;
+        float results[MR][STREAMS];
+        switch (tokens) {
+          case 1: stream_rows<1>(from, wide.get(), stride, length, results); break;
+          case 2: stream_rows<2>(from, wide.get(), stride, length, results); break;
+          case 3: stream_rows<3>(from, wide.get(), stride, length, results); break;
+          default: stream_rows<4>(from, wide.get(), stride, length, results);
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t r = 0; r < STREAMS && row + r < rows; ++r)
+            out[t * rows + row + r] = narrow<bfloat16>(results[t][r] + (bias ? (*bias)[row + r] : 0.f));
+      }
   });
 }
 
@@ -132,17 +191,7 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
     });
     return out;
   }
-  const int64_t stride = round_up(length, LANES);
-  const Buffer<float> wide = buffer<float>(tokens * stride);
-  const float* x[MR];
-  for (int64_t t = 0; t < tokens; ++t) {
-    x[t] = &wide[t * stride];
-    for (int64_t i = 0; i < stride; i += LANES) {
-      const bfloat16* source = from + t * length + i;
-      store(&wide[t * stride + i], i + LANES <= length ? load(source) : load(source, length - i));
-    }
-  }
-  multiply_few(x, tokens, {rows_from, rows, length}, added, to);
+  multiply_few(from, tokens, rows_from, rows, length, added, to);
   return out;
 }
 

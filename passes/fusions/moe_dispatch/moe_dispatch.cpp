@@ -187,9 +187,8 @@ static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool
                        const Mxfp4& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
   const int64_t rows = tokens * k, hidden = gate_up.length, width = down.length, blocks = hidden / BLOCK;
   const Places sorted_places(routing.begin, blocks), inner_places(routing.begin, width / BLOCK);
-  const auto many = [&](const Group& group) { return group.count > STREAMED_ROWS; };
-  const bool words = std::is_same_v<T, bfloat16> && !rounded && multiplies_words() && std::any_of(sorted_places.groups.begin(), sorted_places.groups.end(), many);
-  Buffer<float> sorted = buffer<float>(rounded ? 0 : rows * hidden);
+  const bool words = std::is_same_v<T, bfloat16> && !rounded && multiplies_words();
+  Buffer<float> sorted = buffer<float>(rounded || words ? 0 : rows * hidden);
   Buffer<bfloat16> sorted_half = buffer<bfloat16>(halved ? rows * hidden : 0);
   const Buffer<float> inner = buffer<float>(rows * width);
   const Buffer<bfloat16> inner_half = buffer<bfloat16>(halved ? rows * width : 0);
@@ -205,6 +204,8 @@ static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool
   };
   if (rounded) {
     sources = {.bytes = sort(sorted_bytes, round_blocks<int8_t, Mxfp4>(x.wide[0], tokens * blocks))};
+  } else if (words) {
+    sources = {.words = sort(sorted_words, round_blocks<int16_t, Mxfp4>(x.wide[0], tokens * blocks))};
   } else {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t b = 0; b < blocks; ++b) {
@@ -212,7 +213,6 @@ static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool
         std::memcpy(&sorted[at], x.wide[routing.token[row]] + b * BLOCK, BLOCK * sizeof(float));
         if (halved) std::memcpy(&sorted_half[at], x.half[routing.token[row]] + b * BLOCK, BLOCK * sizeof(bfloat16));
       }
-    if (words) sources.words = sort(sorted_words, round_blocks<int16_t, Mxfp4>(x.wide[0], tokens * blocks));
   }
   for_each_panel_pair(gate_up, sorted_places, sources, [&](const Group& group, int64_t panel, const float* results) {
     float gate_bias[PANEL_ROWS], up_bias[PANEL_ROWS];
@@ -233,7 +233,7 @@ static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool
   sorted.reset(), sorted_half.reset(), sorted_bytes.reset(), sorted_words.reset();
   const Buffer<float> outer = buffer<float>(rows * hidden);
   if (rounded) inners = {.bytes = inner_bytes.emplace(round_blocks<int8_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers()};
-  if (words) inners.words = inner_words.emplace(round_blocks<int16_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers();
+  if (words) inners = {.words = inner_words.emplace(round_blocks<int16_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers()};
   for_each_panel_pair(down, inner_places, inners, [&](const Group& group, int64_t panel, const float* results) {
     float bias[WIDTH];
     const int64_t first = panel * PANEL_ROWS;
@@ -288,7 +288,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
     const T* router = data<T>(router_weight);
     const Buffer<float> wide = buffer<float>(std::min(step, tokens) * stride);
     Buffer<bfloat16> halves;
-    const bool halved = !int8_activations && (gate_up_scales ? has_bfloat16() : multiplies_bfloat16() && !columns);
+    const bool halved = !int8_activations && !columns && multiplies_bfloat16();
     if (std::is_same_v<T, bfloat16> && halved) halves = buffer<bfloat16>(std::min(step, tokens) * stride);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);

@@ -96,7 +96,8 @@ inline __m512i e2m1_table() {  // as bfloat16, twice
   return _mm512_load_si512(table);
 }
 
-inline __m512i pair_at(const bfloat16* x) {  // two values, in every lane
+template <class T>
+__m512i pair_at(const T* x) {  // two values of 16 bits, in every lane
   int32_t both;
   std::memcpy(&both, x, 4);
   return _mm512_set1_epi32(both);
@@ -207,11 +208,55 @@ void advance_pair_rows(int64_t some, const __m512i* w, const Activations& x, int
 #endif
 
 #ifdef __AVX512F__
+inline __m512i twice_table() {  // twice the values in 16 bits, all of them twice
+  alignas(64) static const int16_t table[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
+                                                0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  return _mm512_load_si512(table);
+}
+
+inline __attribute__((always_inline)) void add_words(__m512i& acc, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+
+// `stream_panels` for rows of x in 16 bits: a block's sum is exact.
+template <int M>
+__attribute__((noinline)) void stream_words(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
+  const __m512i table = twice_table();
+  Floats total[M][PAIR] = {};
+  for (int64_t b = 0; b < w.length / BLOCK; ++b) {
+    const Numbers<int16_t> at = x.from(0, b).words;
+    __m512i acc[M][PAIR];
+#pragma GCC unroll 8
+    for (int i = 0; i < M * PAIR; ++i) acc[i / PAIR][i % PAIR] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      __m512i lanes[PAIR];
+#pragma GCC unroll 2
+      for (int p = 0; p < PAIR; ++p) lanes[p] = (__m512i)w.load(panels[p], b, c, 0);
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) {
+        __m512i value[PAIR];
+#pragma GCC unroll 2
+        for (int p = 0; p < PAIR; ++p) value[p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes[p], 4 * n), table);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const __m512i factor = pair_at(at.values + m * BLOCK + 8 * c + 2 * n);
+#pragma GCC unroll 2
+          for (int p = 0; p < PAIR; ++p) add_words(acc[m][p], value[p], factor);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < PAIR; ++p) {
+      const Floats scale = w.scale(panels[p], b, 0) * Mxfp4::UNIT;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) total[m][p] = total[m][p] + (Floats)_mm512_cvtepi32_ps(acc[m][p]) * (scale * at.scales[m]);
+    }
+  }
+  std::memcpy(out, total, sizeof(total));
+}
+
 // Decodes blocks of two panels to twice the values in 16 bits, pairs of values beside each other: to[k / 2][panel][row][k % 2].
 inline void decode_words(const Mxfp4& w, const Mxfp4::Panel* panels, int64_t first, int64_t count, __m512i* to, Floats (*factors)[V]) {
-  alignas(64) static const int16_t twice[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-                                                0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  const __m512i table = _mm512_load_si512(twice);
+  const __m512i table = twice_table();
   for (int p = 0; p < PAIR; ++p)
     for (int64_t b = 0; b < count; ++b) {
       factors[b][p] = w.scale(panels[p], first + b, 0) * Mxfp4::UNIT;
@@ -223,9 +268,7 @@ inline void decode_words(const Mxfp4& w, const Mxfp4::Panel* panels, int64_t fir
     }
 }
 
-inline __attribute__((always_inline)) void add_words(__m512i& acc, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
-
-// `advance_wide` for rows of x in 16 bits: a block's sum is exact.
+// `advance_wide` for rows of x in 16 bits.
 template <int R>
 __attribute__((noinline)) void advance_words(const __m512i* w, const Floats (*factors)[V], const Activations& rows, int64_t count, float* c) {
   Numbers<int16_t> x = rows.words;
@@ -238,9 +281,7 @@ __attribute__((noinline)) void advance_words(const __m512i* w, const Floats (*fa
       const __m512i first = w[0], second = w[1];
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        int32_t both;
-        std::memcpy(&both, x.values + r * BLOCK + 2 * k, 4);
-        const __m512i factor = _mm512_set1_epi32(both);
+        const __m512i factor = pair_at(x.values + r * BLOCK + 2 * k);
         add_words(acc[r][0], first, factor);
         add_words(acc[r][1], second, factor);
       }
@@ -272,16 +313,14 @@ inline bool multiplies_words() {
 // scratch.out = x . two panels where bfloat16 or 16-bit numbers serve best; returns whether they did.
 inline bool multiply_specially(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
 #ifdef __AVX512F__
-  if (x.half) {
-    switch (m) {
-      case 1: return stream_pairs<1>(w, panels, x, scratch.out), true;
-      case 2: return stream_pairs<2>(w, panels, x, scratch.out), true;
-      case 3: return stream_pairs<3>(w, panels, x, scratch.out), true;
-      case 4: return stream_pairs<4>(w, panels, x, scratch.out), true;
-    }
+  const bool pairs = x.half;
+  if (!pairs && !x.words) return false;
+  switch (m) {
+    case 1: return pairs ? stream_pairs<1>(w, panels, x, scratch.out) : stream_words<1>(w, panels, x, scratch.out), true;
+    case 2: return pairs ? stream_pairs<2>(w, panels, x, scratch.out) : stream_words<2>(w, panels, x, scratch.out), true;
+    case 3: return pairs ? stream_pairs<3>(w, panels, x, scratch.out) : stream_words<3>(w, panels, x, scratch.out), true;
+    case 4: return pairs ? stream_pairs<4>(w, panels, x, scratch.out) : stream_words<4>(w, panels, x, scratch.out), true;
   }
-  const bool pairs = x.half && multiplies_bfloat16();
-  if (!pairs && (!x.words || m <= STREAMED_ROWS)) return false;
   std::fill_n(scratch.out, m * WIDTH, 0.f);
   __m512i* decoded = reinterpret_cast<__m512i*>(scratch.wide.values);
   for (int64_t b = 0; b < w.length / BLOCK; b += CHUNK_BLOCKS) {

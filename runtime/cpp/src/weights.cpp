@@ -184,6 +184,9 @@ WeightMap::WeightMap(const std::filesystem::path& folder, const WeightFile& spec
                                   ". Raise the limit of address space (ulimit -v)."
     );
   }
+#ifdef MADV_HUGEPAGE
+  madvise(pages_, file_.size(), MADV_HUGEPAGE);  // advice, as in runtime/weights.py: it may be refused
+#endif
 }
 
 WeightMap::~WeightMap() {
