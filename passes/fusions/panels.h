@@ -219,10 +219,10 @@ class RoundedBlocks {
     scales_[place] = scale + wrong;
     starts_[place] = factor * sum;
   }
-  void copy(int64_t place, const RoundedBlocks& other, int64_t from) {
-    std::memcpy(&values_[place * BLOCK], &other.values_[from * BLOCK], BLOCK * sizeof(Number));
-    scales_[place] = other.scales_[from];
-    starts_[place] = other.starts_[from];
+  void copy(int64_t place, int64_t from) {
+    std::memcpy(&values_[place * BLOCK], &values_[from * BLOCK], BLOCK * sizeof(Number));
+    scales_[place] = scales_[from];
+    starts_[place] = starts_[from];
   }
   Numbers<Number> numbers() const { return {values_.get(), scales_.get(), starts_.get()}; }
 
@@ -232,15 +232,10 @@ class RoundedBlocks {
   Buffer<int32_t> starts_;
 };
 
-// Returns `blocks` blocks of x as whole numbers, for products with weights of a format.
-template <class Number, class F>
-RoundedBlocks<Number> round_blocks(const float* x, int64_t blocks) {
-  RoundedBlocks<Number> out(blocks);
-  const int factor = sizeof(Number) > 1 ? 0 : multiplies_bytes() ? Vnni::factor<F::ZERO>() : Multiplied::factor<F::ZERO>();
-  parallel_for(0, blocks, 1 + GRAIN / BLOCK, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) out.round(b, x + b * BLOCK, factor);
-  });
-  return out;
+// What the sum of a block of 8-bit numbers is multiplied by where products with weights of a format begin.
+template <class F>
+int start_factor() {
+  return multiplies_bytes() ? Vnni::factor<F::ZERO>() : Multiplied::factor<F::ZERO>();
 }
 
 // out[m][panel][row] of two panels for M rows of x, in float32.
@@ -427,7 +422,8 @@ struct PanelScratch {
     DecodedWide wide;
     DecodedBytes bytes;
   };
-  alignas(64) float out[TALLEST * WIDTH];  // [m][panel][row]
+  alignas(64) float out[TALLEST * WIDTH];   // [m][panel][row]
+  alignas(64) float kept[TALLEST * BLOCK];  // for who makes blocks of several results
   PanelScratch() {}
 };
 
@@ -489,40 +485,50 @@ void multiply_panels(const F& w, int64_t expert, int64_t panel, const Activation
   if (!multiply_specially(w, panels, x, m, scratch)) multiply_wide(w, panels, x, m, scratch);
 }
 
-// Calls out(group, first panel, results) for all products of groups of rows with the panels of their experts, two panels at a time.
+// Calls out(group, first panel, scratch) for all products of groups of rows with the panels of their experts, two panels at a time; four follow
+// each other on one thread, from a multiple of four on.
 template <class F, class Out>
 void for_each_panel_pair(const F& w, const Places& places, const Activations& x, Out&& out) {
-  const int64_t pairs = (w.panels + PAIR - 1) / PAIR, groups = places.groups.size(), rows = places.group.size();
+  const int64_t pairs = (w.panels + PAIR - 1) / PAIR, twos = (pairs + 1) / 2, groups = places.groups.size(), rows = places.group.size();
   if (!groups) return;
-  const int64_t parts = std::min(pairs, std::max<int64_t>(12, 48 / groups));  // of the panels: dozens in all, so that the last ones do not take long
+  const int64_t parts = std::min(twos, std::max<int64_t>(12, 48 / groups));  // of the panels: dozens in all, so that the last ones do not take long
   const int64_t items = groups * parts;
   share(items, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
-    const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
+    PanelScratch scratch;
     for (int64_t item; (item = next()) < items;) {
       const Group& group = places.groups[item / parts];
-      const int64_t part = item % parts;
+      const int64_t part = item % parts, end = std::min(pairs, twos * (part + 1) / parts * 2);
       const Activations own = x.at(group.first * places.blocks, group.count);
-      for (int64_t pair = pairs * part / parts; pair < pairs * (part + 1) / parts; ++pair) {
-        multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), *scratch);
-        out(group, pair * PAIR, scratch->out);
+      for (int64_t pair = twos * part / parts * 2; pair < end; ++pair) {
+        multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), scratch);
+        out(group, pair * PAIR, scratch);
       }
     }
   });
 }
 
-// Returns rows [rows, length] of x in float32 at their places, with zeros up to whole blocks.
-template <class T>
-Buffer<float> widened(const T* x, int64_t rows, int64_t length, const Places& places) {
-  Buffer<float> wide = buffer<float>(rows * places.blocks * BLOCK);
+// Calls put(place, block) for all blocks of rows [rows, length] of x in float32, with zeros up to whole blocks.
+template <class T, class Put>
+void widen_blocks(const T* x, int64_t rows, int64_t length, const Places& places, const Put& put) {
   parallel_for(0, rows, 1 + GRAIN / (length + 1), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
-      for (int64_t b = 0; b < places.blocks; ++b)
+      for (int64_t b = 0; b < places.blocks; ++b) {
+        alignas(64) float block[BLOCK];
         for (int k = 0; k < BLOCK; k += LANES) {
           const int64_t at = b * BLOCK + k, left = length - at;
           const T* from = x + row * length + at;
-          store(&wide[places.of(row, b) * BLOCK + k], left >= LANES ? load(from) : left > 0 ? load(from, left) : Floats{});
+          store(block + k, left >= LANES ? load(from) : left > 0 ? load(from, left) : Floats{});
         }
+        put(places.of(row, b), block);
+      }
   });
+}
+
+// Returns these blocks at their places.
+template <class T>
+Buffer<float> widened(const T* x, int64_t rows, int64_t length, const Places& places) {
+  Buffer<float> wide = buffer<float>(rows * places.blocks * BLOCK);
+  widen_blocks(x, rows, length, places, [&](int64_t place, const float* block) { std::memcpy(&wide[place * BLOCK], block, BLOCK * sizeof(float)); });
   return wide;
 }
 

@@ -186,8 +186,8 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
     const DensePanels panels(rows_from, rows, length);
     const Places places({0, tokens}, panels.length / BLOCK);
     const Buffer<float> wide = widened(from, tokens, length, places);
-    for_each_panel_pair(panels, places, {wide.get()}, [&](const Group& group, int64_t panel, const float* results) {
-      store_results(results, group, panel, rows, added, to);
+    for_each_panel_pair(panels, places, {wide.get()}, [&](const Group& group, int64_t panel, const PanelScratch& scratch) {
+      store_results(scratch.out, group, panel, rows, added, to);
     });
     return out;
   }

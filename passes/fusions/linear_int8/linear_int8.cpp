@@ -42,12 +42,18 @@ template <class T>
 static void multiply(const T* x, int64_t tokens, int64_t length, const Int8& w, int64_t rows, const std::optional<Values>& bias, bool rounded, T* out) {
   const int64_t blocks = w.length / BLOCK;
   const Places places({0, tokens}, blocks);
-  const Buffer<float> wide = widened(x, tokens, length, places);
-  Activations from{wide.get()};
+  Buffer<float> wide;
   std::optional<RoundedBlocks<int8_t>> bytes;
-  if (rounded) from = {.bytes = bytes.emplace(round_blocks<int8_t, Int8>(wide.get(), tokens * blocks)).numbers()};
+  if (rounded) {
+    bytes.emplace(tokens * blocks);
+    const int factor = start_factor<Int8>();
+    widen_blocks(x, tokens, length, places, [&](int64_t place, const float* block) { bytes->round(place, block, factor); });
+  } else {
+    wide = widened(x, tokens, length, places);
+  }
+  const Activations from{.wide = wide.get(), .bytes = bytes ? bytes->numbers() : Numbers<int8_t>{}};
   for_each_panel_pair(w, places, from,
-                      [&](const Group& group, int64_t panel, const float* results) { store_results(results, group, panel, rows, bias, out); });
+                      [&](const Group& group, int64_t panel, const PanelScratch& scratch) { store_results(scratch.out, group, panel, rows, bias, out); });
 }
 
 static Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scales, const std::optional<Tensor>& bias, int64_t rows,

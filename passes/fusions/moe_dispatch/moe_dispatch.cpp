@@ -10,7 +10,8 @@
 
 namespace oxfuse {
 
-constexpr int64_t STEP_BYTES = 48 << 20;  // bound of the hidden values and outputs of the routed rows held at once, in float32
+constexpr int64_t PAIRS_OF_FEW = 4;       // pairs of panels that a thread takes at a time for a few tokens
+constexpr int64_t STEP_BYTES = 48 << 20;  // bound of what is held at once of tokens and their routed rows
 
 inline Floats swiglu(Floats gate, Floats up, float alpha, float limit) {
   gate = gate > limit ? splat(limit) : gate;  // in this form NaN stays NaN
@@ -180,68 +181,126 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
   combine(routing, outer.get(), tokens, k, hidden, out);
 }
 
-// The same for experts in the packed layout; x are rows of the tokens, padded to blocks. With `rounded`, what is multiplied with experts has
-// 8 bits; with `halved` it is bfloat16 where that serves better.
+// The form in which packed experts are multiplied with rows: float32; bfloat16, with float32 for what that cannot hold; whole numbers.
+enum class Form { WIDE, HALF, WORDS, BYTES };
+
+static Form form_of(bool bfloat16_model, bool int8_activations) {
+  if (int8_activations) return Form::BYTES;
+  if (!bfloat16_model) return Form::WIDE;
+  return multiplies_bfloat16() ? Form::HALF : multiplies_words() ? Form::WORDS : Form::WIDE;
+}
+
+// Bytes of a block of 32 values.
+static int64_t block_bytes(Form form) {
+  switch (form) {
+    case Form::WIDE: return BLOCK * 4;
+    case Form::HALF: return BLOCK * 6;
+    case Form::WORDS: return BLOCK * 2 + 8;
+    default: return BLOCK + 8;
+  }
+}
+
+// Rows of activations in one of the forms, to be filled block by block.
+class Blocks {
+ public:
+  Blocks(Form form, int64_t count) {
+    if (form == Form::WIDE || form == Form::HALF) wide_ = buffer<float>(count * BLOCK);
+    if (form == Form::HALF) half_ = buffer<bfloat16>(count * BLOCK);
+    if (form == Form::WORDS) words_.emplace(count);
+    if (form == Form::BYTES) bytes_.emplace(count);
+  }
+  void put(int64_t place, const float* values) {
+    if (words_) words_->round(place, values, 0);
+    if (bytes_) bytes_->round(place, values, start_factor<Mxfp4>());
+    if (wide_) std::memcpy(&wide_[place * BLOCK], values, BLOCK * sizeof(float));
+    if (half_)
+      for (int k = 0; k < BLOCK; k += LANES) store_narrow(&half_[place * BLOCK + k], load(values + k));
+  }
+  void copy(int64_t place, int64_t from) {
+    if (words_) words_->copy(place, from);
+    if (bytes_) bytes_->copy(place, from);
+    if (wide_) std::memcpy(&wide_[place * BLOCK], &wide_[from * BLOCK], BLOCK * sizeof(float));
+    if (half_) std::memcpy(&half_[place * BLOCK], &half_[from * BLOCK], BLOCK * sizeof(bfloat16));
+  }
+  Activations all() const {
+    return {wide_.get(), half_.get(), bytes_ ? bytes_->numbers() : Numbers<int8_t>{}, words_ ? words_->numbers() : Numbers<int16_t>{}};
+  }
+
+ private:
+  Buffer<float> wide_;
+  Buffer<bfloat16> half_;
+  std::optional<RoundedBlocks<int8_t>> bytes_;
+  std::optional<RoundedBlocks<int16_t>> words_;
+};
+
+// out[t] = the weighted sum of the routed rows x of token t, multiplied with the packed panels of their experts. A thread sums some columns of all
+// tokens, over the experts in their order, so that no routed row's outputs are held.
 template <class T>
-static void run_packed(const Routing& routing, const Rows& x, bool rounded, bool halved, const Mxfp4& gate_up, const Values& gate_up_bias,
-                       const Mxfp4& down, const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
+static void combine_packed(const Routing& routing, const Places& places, const Activations& x, const Mxfp4& down, const Values& bias, int64_t tokens,
+                           int64_t k, int64_t hidden, T* out) {
+  std::vector<float> weight(tokens * k);  // of each sorted row
+  for (int64_t i = 0; i < tokens * k; ++i) weight[routing.row[i]] = routing.weight[i];
+  const int64_t pairs = hidden / WIDTH, most = tokens > STREAMED_ROWS ? 1 : PAIRS_OF_FEW, parts = (pairs + most - 1) / most;
+  share(parts, tokens * k * hidden * down.length, [&](const auto& next) {
+    PanelScratch scratch;
+    const Buffer<float> sums = buffer<float>(tokens * most * WIDTH);
+    for (int64_t part; (part = next()) < parts;) {
+      const int64_t first = part * most, some = std::min(most, pairs - first), columns = some * WIDTH;
+      std::fill_n(sums.get(), tokens * columns, 0.f);
+      for (const Group& group : places.groups) {
+        const Activations own = x.at(group.first * places.blocks, group.count);
+        for (int64_t pair = 0; pair < some; ++pair) {
+          multiply_panels(down, group.expert, (first + pair) * PAIR, own, static_cast<int>(group.count), scratch);
+          float added[WIDTH];
+          for (int r = 0; r < WIDTH; ++r) added[r] = bias[group.expert * hidden + (first + pair) * WIDTH + r];
+          for (int64_t i = 0; i < group.count; ++i) {
+            float* sum = &sums[routing.token[group.first + i] * columns + pair * WIDTH];
+            const float factor = weight[group.first + i];
+            for (int v = 0; v < WIDTH; v += LANES)
+              store(sum + v, load(sum + v) + (load(scratch.out + i * WIDTH + v) + load(added + v)) * factor);
+          }
+        }
+      }
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t c = 0; c < columns; c += LANES) store(out + t * hidden + first * WIDTH + c, load(&sums[t * columns + c]));
+    }
+  });
+}
+
+// The same for experts in the packed layout; rows of x are padded to blocks.
+template <class T>
+static void run_packed(const Routing& routing, const float* const* x, Form form, const Mxfp4& gate_up, const Values& gate_up_bias, const Mxfp4& down,
+                       const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
   const int64_t rows = tokens * k, hidden = gate_up.length, width = down.length, blocks = hidden / BLOCK;
   const Places sorted_places(routing.begin, blocks), inner_places(routing.begin, width / BLOCK);
-  const bool words = std::is_same_v<T, bfloat16> && !rounded && multiplies_words();
-  Buffer<float> sorted = buffer<float>(rounded || words ? 0 : rows * hidden);
-  Buffer<bfloat16> sorted_half = buffer<bfloat16>(halved ? rows * hidden : 0);
-  const Buffer<float> inner = buffer<float>(rows * width);
-  const Buffer<bfloat16> inner_half = buffer<bfloat16>(halved ? rows * width : 0);
-  Activations sources{sorted.get(), halved ? sorted_half.get() : nullptr}, inners{inner.get(), halved ? inner_half.get() : nullptr};
-  std::optional<RoundedBlocks<int8_t>> sorted_bytes, inner_bytes;
-  std::optional<RoundedBlocks<int16_t>> sorted_words, inner_words;
-  // Rows of x lie end to end, so that their blocks are numbered.
-  const auto sort = [&](auto& sorted_numbers, const auto& numbers) {
-    sorted_numbers.emplace(rows * blocks);
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t b = 0; b < blocks; ++b) sorted_numbers->copy(sorted_places.of(row, b), numbers, routing.token[row] * blocks + b);
-    return sorted_numbers->numbers();
-  };
-  if (rounded) {
-    sources = {.bytes = sort(sorted_bytes, round_blocks<int8_t, Mxfp4>(x.wide[0], tokens * blocks))};
-  } else if (words) {
-    sources = {.words = sort(sorted_words, round_blocks<int16_t, Mxfp4>(x.wide[0], tokens * blocks))};
-  } else {
-    for (int64_t row = 0; row < rows; ++row)
+  std::optional<Blocks> sorted(std::in_place, form, rows * blocks);
+  parallel_for(0, tokens, 1 + GRAIN / (k * hidden), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t at = sorted_places.of(row, b) * BLOCK;
-        std::memcpy(&sorted[at], x.wide[routing.token[row]] + b * BLOCK, BLOCK * sizeof(float));
-        if (halved) std::memcpy(&sorted_half[at], x.half[routing.token[row]] + b * BLOCK, BLOCK * sizeof(bfloat16));
+        const int64_t place = sorted_places.of(routing.row[t * k], b);
+        sorted->put(place, x[t] + b * BLOCK);
+        for (int64_t j = 1; j < k; ++j) sorted->copy(sorted_places.of(routing.row[t * k + j], b), place);
       }
-  }
-  for_each_panel_pair(gate_up, sorted_places, sources, [&](const Group& group, int64_t panel, const float* results) {
+  });
+  Blocks inner(form, rows * width / BLOCK);
+  for_each_panel_pair(gate_up, sorted_places, sorted->all(), [&](const Group& group, int64_t panel, PanelScratch& scratch) {
     float gate_bias[PANEL_ROWS], up_bias[PANEL_ROWS];
-    const int64_t first = panel / 2 * PANEL_ROWS;
+    const int64_t first = panel / 2 * PANEL_ROWS, half = first % BLOCK;
     for (int r = 0; r < PANEL_ROWS; ++r) {
       gate_bias[r] = gate_up_bias[group.expert * 2 * width + 2 * (first + r)];
       up_bias[r] = gate_up_bias[group.expert * 2 * width + 2 * (first + r) + 1];
     }
-    for (int64_t i = 0; i < group.count; ++i)
+    for (int64_t i = 0; i < group.count; ++i) {
       for (int v = 0; v < PANEL_ROWS; v += LANES) {
-        const float* from = results + i * WIDTH + v;
-        const Floats value = swiglu(load(from) + load(gate_bias + v), load(from + PANEL_ROWS) + load(up_bias + v), alpha, limit);
-        const int64_t at = inner_places.of(group.first + i, first / BLOCK) * BLOCK + first % BLOCK + v;
-        store(&inner[at], value);
-        if (halved) store_narrow(&inner_half[at], value);
+        const float* from = scratch.out + i * WIDTH + v;
+        store(scratch.kept + i * BLOCK + half + v,
+              swiglu(load(from) + load(gate_bias + v), load(from + PANEL_ROWS) + load(up_bias + v), alpha, limit));
       }
+      if (half) inner.put(inner_places.of(group.first + i, first / BLOCK), scratch.kept + i * BLOCK);
+    }
   });
-  sorted.reset(), sorted_half.reset(), sorted_bytes.reset(), sorted_words.reset();
-  const Buffer<float> outer = buffer<float>(rows * hidden);
-  if (rounded) inners = {.bytes = inner_bytes.emplace(round_blocks<int8_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers()};
-  if (words) inners = {.words = inner_words.emplace(round_blocks<int16_t, Mxfp4>(inner.get(), rows * width / BLOCK)).numbers()};
-  for_each_panel_pair(down, inner_places, inners, [&](const Group& group, int64_t panel, const float* results) {
-    float bias[WIDTH];
-    const int64_t first = panel * PANEL_ROWS;
-    for (int r = 0; r < WIDTH; ++r) bias[r] = down_bias[group.expert * hidden + first + r];
-    for (int64_t i = 0; i < group.count; ++i)
-      for (int v = 0; v < WIDTH; v += LANES) store(&outer[(group.first + i) * hidden + first + v], load(results + i * WIDTH + v) + load(bias + v));
-  });
-  combine(routing, outer.get(), tokens, k, hidden, out);
+  sorted.reset();
+  combine_packed(routing, inner_places, inner.all(), down, down_bias, tokens, k, hidden, out);
 }
 
 static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const Tensor& router_bias, const Tensor& gate_up,
@@ -280,36 +339,40 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
   const Values router_b("router_bias", router_bias), gate_up_b("gate_up_bias", gate_up_bias), down_b("down_bias", down_bias);
   const int64_t tokens = hidden ? x.numel() / hidden : 0, stride = round_up(hidden, 32);
-  // Steps as alike as can be: experts are read in each of them, and a short one would gain little of it.
-  const int64_t most = std::max<int64_t>(1, STEP_BYTES / (4 * top_k * (width + hidden)));
-  const int64_t steps = std::max<int64_t>(1, (tokens + most - 1) / most), step = std::max<int64_t>(1, (tokens + steps - 1) / steps);
   with_type("x", x, [&](auto type) {
     using T = decltype(type);
+    constexpr bool bfloat16_model = std::is_same_v<T, bfloat16>;
+    const Form form = gate_up_scales ? form_of(bfloat16_model, int8_activations) : Form::WIDE;
+    // Steps as alike as can be: experts are read in each of them, and a short one would gain little of it.
+    const int64_t most = std::max<int64_t>(1, STEP_BYTES / (4 * hidden + top_k * (width + hidden) * block_bytes(form) / BLOCK));
+    const int64_t steps = std::max<int64_t>(1, (tokens + most - 1) / most), step = std::max<int64_t>(1, (tokens + steps - 1) / steps);
     const T* router = data<T>(router_weight);
-    const Buffer<float> wide = buffer<float>(std::min(step, tokens) * stride);
+    const Buffer<float> wide = buffer<float>(step * stride);
     Buffer<bfloat16> halves;
-    const bool halved = !int8_activations && !columns && multiplies_bfloat16();
-    if (std::is_same_v<T, bfloat16> && halved) halves = buffer<bfloat16>(std::min(step, tokens) * stride);
+    if (bfloat16_model && !gate_up_scales && !columns && multiplies_bfloat16()) halves = buffer<bfloat16>(step * stride);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);
       Rows rows;
       for (int64_t t = 0; t < count; ++t) {
-        float* row = &wide[t * stride];
-        const T* source = data<T>(x_in) + (begin + t) * hidden;
-        for (int64_t i = 0; i < hidden; ++i) row[i] = widen(source[i]);
-        std::fill(row + hidden, row + stride, 0.f);
-        rows.wide.push_back(row);
-        if (!halves) continue;
-        for (int64_t i = 0; i < stride; ++i) halves[t * stride + i] = narrow<bfloat16>(row[i]);
-        rows.half.push_back(&halves[t * stride]);
+        rows.wide.push_back(&wide[t * stride]);
+        if (halves) rows.half.push_back(&halves[t * stride]);
       }
+      parallel_for(0, count, 1 + GRAIN / (stride + 1), [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) {
+          float* row = &wide[t * stride];
+          const T* source = data<T>(x_in) + (begin + t) * hidden;
+          for (int64_t i = 0; i < hidden; ++i) row[i] = widen(source[i]);
+          std::fill(row + hidden, row + stride, 0.f);
+          if (halves)
+            for (int64_t i = 0; i < stride; ++i) halves[t * stride + i] = narrow<bfloat16>(row[i]);
+        }
+      });
       const Routing routing = route(rows.wide.data(), count, router, router_b, experts, hidden, top_k);
       T* result = static_cast<T*>(out.data_ptr()) + begin * hidden;
       const float a = static_cast<float>(alpha), l = static_cast<float>(limit);
       if (gate_up_scales) {
         static const Powers powers;
-        run_packed(routing, rows, int8_activations, halves != nullptr,
-                   {data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), width / 8, hidden, powers.of}, gate_up_b,
+        run_packed(routing, rows.wide.data(), form, {data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), width / 8, hidden, powers.of}, gate_up_b,
                    {data<uint8_t>(down), data<uint8_t>(*down_scales), hidden / 16, width, powers.of}, down_b, count, top_k, a, l, result);
         continue;
       }
