@@ -267,9 +267,9 @@ static void combine_packed(const Routing& routing, const Places& places, const A
   });
 }
 
-// The same for experts in the packed layout; rows of x are padded to blocks.
+// The same for experts in the packed layout; rows of x, end to end, are padded to blocks.
 template <class T>
-static void run_packed(const Routing& routing, const float* const* x, Form form, const Mxfp4& gate_up, const Values& gate_up_bias, const Mxfp4& down,
+static void run_packed(const Routing& routing, Buffer<float> x, Form form, const Mxfp4& gate_up, const Values& gate_up_bias, const Mxfp4& down,
                        const Values& down_bias, int64_t tokens, int64_t k, float alpha, float limit, T* out) {
   const int64_t rows = tokens * k, hidden = gate_up.length, width = down.length, blocks = hidden / BLOCK;
   const Places sorted_places(routing.begin, blocks), inner_places(routing.begin, width / BLOCK);
@@ -278,10 +278,11 @@ static void run_packed(const Routing& routing, const float* const* x, Form form,
     for (int64_t t = first; t < last; ++t)
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t place = sorted_places.of(routing.row[t * k], b);
-        sorted->put(place, x[t] + b * BLOCK);
+        sorted->put(place, &x[(t * blocks + b) * BLOCK]);
         for (int64_t j = 1; j < k; ++j) sorted->copy(sorted_places.of(routing.row[t * k + j], b), place);
       }
   });
+  x.reset();
   Blocks inner(form, rows * width / BLOCK);
   for_each_panel_pair(gate_up, sorted_places, sorted->all(), [&](const Group& group, int64_t panel, PanelScratch& scratch) {
     float gate_bias[PANEL_ROWS], up_bias[PANEL_ROWS];
@@ -347,11 +348,11 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
     const int64_t most = std::max<int64_t>(1, STEP_BYTES / (4 * hidden + top_k * (width + hidden) * block_bytes(form) / BLOCK));
     const int64_t steps = std::max<int64_t>(1, (tokens + most - 1) / most), step = std::max<int64_t>(1, (tokens + steps - 1) / steps);
     const T* router = data<T>(router_weight);
-    const Buffer<float> wide = buffer<float>(step * stride);
-    Buffer<bfloat16> halves;
-    if (bfloat16_model && !gate_up_scales && !columns && multiplies_bfloat16()) halves = buffer<bfloat16>(step * stride);
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t count = std::min(step, tokens - begin);
+      Buffer<float> wide = buffer<float>(count * stride);
+      Buffer<bfloat16> halves;
+      if (bfloat16_model && !gate_up_scales && !columns && multiplies_bfloat16()) halves = buffer<bfloat16>(count * stride);
       Rows rows;
       for (int64_t t = 0; t < count; ++t) {
         rows.wide.push_back(&wide[t * stride]);
@@ -372,7 +373,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
       const float a = static_cast<float>(alpha), l = static_cast<float>(limit);
       if (gate_up_scales) {
         static const Powers powers;
-        run_packed(routing, rows.wide.data(), form, {data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), width / 8, hidden, powers.of}, gate_up_b,
+        run_packed(routing, std::move(wide), form, {data<uint8_t>(gate_up), data<uint8_t>(*gate_up_scales), width / 8, hidden, powers.of}, gate_up_b,
                    {data<uint8_t>(down), data<uint8_t>(*down_scales), hidden / 16, width, powers.of}, down_b, count, top_k, a, l, result);
         continue;
       }
