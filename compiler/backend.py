@@ -60,7 +60,7 @@ def compile_graph(
         return _through_inductor(module, example_inputs, mode, options)
     explanation = explanation_of("graph", results)
     if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in example_inputs):
-        use_ops(traced, _cpu_ops())
+        use_ops(traced, cpu_ops())
     compiled = _through_inductor(_with_inputs(traced, places), example_inputs, mode, options)
     # Only now: Inductor may ask Dynamo to begin again.
     for name, count in explanation.counts.items():
@@ -162,7 +162,7 @@ def _with_inputs(module: fx.GraphModule, places: Mapping[str, str]) -> fx.GraphM
 
 
 @functools.cache
-def _cpu_ops() -> OpsBuild:
+def cpu_ops() -> OpsBuild:
     """Return the C++ ops for this machine, loaded; they are compiled once and lie in Inductor's cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

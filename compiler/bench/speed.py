@@ -106,7 +106,7 @@ def measure_speed(
     progress("probing the machine", None)
     peak = matmul_peak(plan.threads)
     int8_peak = max(peak, matmul_peak(plan.threads, dtypes=(torch.int8,)))
-    bandwidths: list[float] = []
+    bandwidths: dict[int, list[float]] = {}
     with contextlib.ExitStack() as stack:
         workers = _start(contenders, plan.threads, stack, absent, progress)
         if not any(contender.spec.kind == "oxfuse" for contender, _ in workers):
@@ -114,13 +114,15 @@ def measure_speed(
         agreements = _agreements(workers, plan, progress)
         figures: list[Figure] = []
         for phase, size in plan.phases:
-            bandwidths.append(read_bandwidth(plan.threads))
-            figures += _phase(phase, size, workers, plan, cost, progress)
+            probes = bandwidths.setdefault(size, []) if phase == "decode" else None
+            figures += _phase(phase, size, workers, plan, cost, progress, probes)
         versions = {contender.spec.key: worker.name for contender, worker in workers}
     specs = {spec.key: spec for spec in (*wanted, *(contender.spec for contender in contenders))}
     for figure in figures:
-        rate = max(bandwidths) if figure.phase == "decode" else int8_peak if specs[figure.engine].int8 else peak
-        figure.floor = figure.work / rate
+        if figure.phase == "decode":
+            figure.floor = figure.work / statistics.median(bandwidths[figure.size])
+        else:
+            figure.floor = figure.work / (int8_peak if specs[figure.engine].int8 else peak)
     return SpeedResult(
         artifact=next(iter(manifests.values())).name,
         machine=machine_facts(),
@@ -202,9 +204,15 @@ def _agreements(workers: Sequence[tuple[Contender, Worker]], plan: Plan, progres
 
 
 def _phase(
-    phase: str, size: int, workers: Sequence[tuple[Contender, Worker]], plan: Plan, cost: Cost, progress: Progress
+    phase: str,
+    size: int,
+    workers: Sequence[tuple[Contender, Worker]],
+    plan: Plan,
+    cost: Cost,
+    progress: Progress,
+    bandwidths: list[float] | None,
 ) -> list[Figure]:
-    """Take the samples of all engines in one phase, in turns."""
+    """Take the samples of all engines in one phase, in turns; in each round the bandwidth as well, where a list is to get it."""
     turns = []
     for contender, worker in workers:
         if not contender.spec.takes(size):
@@ -219,6 +227,8 @@ def _phase(
         worker.ask(do="context" if phase == "decode" else "prefill", tokens=size)  # warms up what others' trials cooled
     load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
     for done in range(plan.rounds):
+        if bandwidths is not None:
+            bandwidths.append(read_bandwidth(plan.threads, rounds=2))
         for worker, figure in turns if done % 2 == 0 else turns[::-1]:
             progress(f"{phase} {size}", done / plan.rounds)
             _sample(worker, figure, plan, load)

@@ -75,13 +75,15 @@ class Agreement:
 class SpeedResult:
     """A run. `bandwidths` in bytes a second, `peak` and `int8_peak` in operations a second, all measured in this run.
 
-    Bandwidth was probed before each phase, and the best probe sets the floors. `engines` are by key, as are their `versions`.
+    Bandwidth was probed in each round of each context's decoding, as if it were an engine: on a machine that others share it
+    changes by a quarter within minutes. The median of a context's probes sets its floors, as medians are compared with them.
+    `engines` are by key, as are their `versions`.
     """
 
     artifact: str
     machine: dict[str, Any]
     threads: int
-    bandwidths: list[float]
+    bandwidths: dict[int, list[float]]
     peak: float
     int8_peak: float
     engines: dict[str, EngineSpec]
@@ -90,11 +92,6 @@ class SpeedResult:
     figures: list[Figure]
     agreements: list[Agreement] = field(default_factory=list)
     footprints: list[Footprint] = field(default_factory=list)
-
-    @property
-    def bandwidth(self) -> float:
-        """Return the bytes a second that set the floors."""
-        return max(self.bandwidths)
 
     def figure(self, engine: str | None, phase: str, size: int) -> Figure | None:
         """Return an engine's figure in a phase, or None where it has no samples."""
@@ -130,11 +127,16 @@ class SpeedResult:
 
     def to_markdown(self) -> str:
         """Return tables: figures with their floors, the bars, memory and first token; and how far the engines agree."""
-        machine, probes = self.machine, [f"{bandwidth / 1e9:.1f}" for bandwidth in self.bandwidths]
+        machine = self.machine
+        bandwidths = "; ".join(
+            f"{statistics.median(probes) / 1e9:.1f} GB/s beside decoding at {context} "
+            f"({min(probes) / 1e9:.1f} to {max(probes) / 1e9:.1f})"
+            for context, probes in self.bandwidths.items()
+        )
         lines = [
             f"{self.artifact}, {machine['processor']}, {self.threads} threads of {machine['cores']} cores, torch "
-            f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth {self.bandwidth / 1e9:.1f} "
-            f"GB/s (the best of {', '.join(probes)}), matmul peak {self.peak / 1e9:.0f} GFLOP/s, in int8 "
+            f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes in "
+            f"each round: {bandwidths or 'not probed'}. Matmul peak {self.peak / 1e9:.0f} GFLOP/s, in int8 "
             f"{self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
             "",
             "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
