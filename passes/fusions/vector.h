@@ -198,26 +198,17 @@ __attribute__((noinline)) void advance_steps(const W& w, const float* const* x, 
   for (int i = 0; i < M * NR; ++i) acc[i] = local[i / NR][i % NR];
 }
 
-// Whether the processor at hand can multiply bfloat16. The library is built for a level that need not have it, so this is asked when it runs.
-// OXFUSE_EMULATE_BF16 stands in for such a processor: what surrounds the instruction can then be tested anywhere. OXFUSE_NO_BF16 stands for one
-// that cannot.
-inline bool has_bfloat16() {
-#ifdef OXFUSE_EMULATE_BF16
-  return true;
-#elif defined(__AVX512F__) && !defined(OXFUSE_NO_BF16)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-// Whether that is the fastest way to multiply. Intel's cores take two cycles for what AMD's do in one; twice as many float32 values are
-// multiplied meanwhile (Emerald Rapids, registers alone: 86 against 176 GFLOP/s a core).
+// Whether the processor at hand multiplies bfloat16, and fastest so. Intel's cores take two cycles for what AMD's do in one; twice as many float32
+// values are multiplied meanwhile (Emerald Rapids, registers alone: 86 against 176 GFLOP/s a core). The library is built for a level that need
+// not have it, so this is asked when it runs. OXFUSE_EMULATE_BF16 stands in for such a processor: what surrounds the instruction can then be tested
+// anywhere. OXFUSE_NO_BF16 stands for one without.
 inline bool multiplies_bfloat16() {
 #ifdef OXFUSE_EMULATE_BF16
   return true;
+#elif defined(__AVX512F__) && !defined(OXFUSE_NO_BF16)
+  return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
 #else
-  return has_bfloat16() && !__builtin_cpu_is("intel");
+  return false;
 #endif
 }
 

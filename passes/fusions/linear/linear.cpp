@@ -92,7 +92,7 @@ static void decode_wide(const DensePanels& w, const int64_t* panels, int64_t fir
 constexpr int STREAMS = 2;           // rows that are read at once: the memory serves two streams better than one
 constexpr int STEP = 2 * LANES;      // values of a row that are taken at once
 constexpr int64_t AHEAD = 4 * 1024;  // values: how far ahead of what is multiplied the memory is asked at least
-constexpr int64_t PART = 512 * 1024;  // values that a thread takes at a time
+constexpr int64_t PART = 512 * 1024;  // values of weights that a thread takes at a time at most; of few it takes a fourth of its share
 
 // Takes STEP values apart: those with even places, and the others. A shift and a mask do it.
 static void take_apart(const bfloat16* from, Floats& even, Floats& odd) {
@@ -129,6 +129,13 @@ __attribute__((noinline)) void stream_rows(const bfloat16* const* rows, const fl
     for (int r = 0; r < STREAMS; ++r) out[m][r] = sum(even[m][r] + odd[m][r]);
 }
 
+template <int M = MR>
+void stream_rows_of(int64_t tokens, const bfloat16* const* rows, const float* x, int64_t stride, int64_t length, float (*out)[STREAMS]) {
+  if constexpr (M > 1)
+    if (tokens < M) return stream_rows_of<M - 1>(tokens, rows, x, stride, length, out);
+  stream_rows<M>(rows, x, stride, length, out);
+}
+
 // out[t] = x[t] . rows + bias for at most MR rows of x.
 static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weight, int64_t rows, int64_t length, const std::optional<Values>& bias,
                          bfloat16* out) {
@@ -143,19 +150,15 @@ static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weig
       store(&wide[t * stride + k], even);
       store(&wide[t * stride + k + LANES], odd);
     }
-  const int64_t part = std::max<int64_t>(1, PART / (STREAMS * length + 1)) * STREAMS, parts = (rows + part - 1) / part;
+  const int64_t pairs = (rows + STREAMS - 1) / STREAMS, own = pairs / (4 * torch::stable::get_num_threads());
+  const int64_t part = std::max<int64_t>(1, std::min(own, PART / (STREAMS * length))) * STREAMS, parts = (rows + part - 1) / part;
   share(parts, tokens * rows * length, [&](const auto& next) {
     for (int64_t item; (item = next()) < parts;)
       for (int64_t row = item * part; row < std::min((item + 1) * part, rows); row += STREAMS) {
         const bfloat16* from[STREAMS];
         for (int r = 0; r < STREAMS; ++r) from[r] = weight + std::min(row + r, rows - 1) * length;
         float results[MR][STREAMS];
-        switch (tokens) {
-          case 1: stream_rows<1>(from, wide.get(), stride, length, results); break;
-          case 2: stream_rows<2>(from, wide.get(), stride, length, results); break;
-          case 3: stream_rows<3>(from, wide.get(), stride, length, results); break;
-          default: stream_rows<4>(from, wide.get(), stride, length, results);
-        }
+        stream_rows_of(tokens, from, wide.get(), stride, length, results);
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t r = 0; r < STREAMS && row + r < rows; ++r)
             out[t * rows + row + r] = narrow<bfloat16>(results[t][r] + (bias ? (*bias)[row + r] : 0.f));

@@ -3,8 +3,8 @@
 // Tokens are grouped by expert. Of dense experts threads share the rows of the weights, so skewed routing costs nothing, and a register
 // tile of rows that serves more tokens than fit the registers is decoded to float32 once for up to BATCH of them; packed ones (MXFP4) are
 // handed out in parts (panels.h).
-// Activations are float32 from the input to the one rounding at the end; but where a bfloat16 model meets a processor that multiplies
-// bfloat16, that is used where it pays, and hidden values are rounded to it as the reference in that dtype does.
+// Activations are float32 from the input to the one rounding at the end; but of a bfloat16 model, packed experts are multiplied in 16 bits,
+// bfloat16 or whole numbers, where the processor is faster at them (packed.h), and with --activations int8 in 8 bits.
 #include "columns.h"
 #include "packed.h"
 

@@ -1,6 +1,5 @@
-// MXFP4 experts in the packed layout (packed.py), as a format of `panels.h`; and products for bfloat16 models. Where the processor multiplies
-// bfloat16, a few rows are multiplied in it, since more values fit an instruction, and many where that is fast; weights decoded to it are exact.
-// Where it is slow, many rows are multiplied as 16-bit numbers.
+// MXFP4 experts in the packed layout (packed.py), as a format of `panels.h`; and products for bfloat16 models, of which twice as many values
+// fit an instruction: in bfloat16, to which weights are decoded exactly, where the processor is fast at it, else as 16-bit numbers.
 #pragma once
 
 #include "../panels.h"
@@ -300,8 +299,8 @@ void advance_word_rows(int64_t some, const __m512i* w, const Floats (*factors)[V
 }
 #endif
 
-// Whether many rows of bfloat16 activations are multiplied as 16-bit numbers, by their block's largest: 2^-16 of that is a hundredth of what
-// bfloat16 rounds off, sums are exact, and where bfloat16 is slow it takes half the time of float32.
+// Whether bfloat16 activations are multiplied as 16-bit numbers, by their block's largest: 2^-16 of that is a hundredth of what bfloat16 rounds
+// off, sums are exact, and where bfloat16 is slow it takes half the time of float32.
 inline bool multiplies_words() {
 #ifdef __AVX512F__
   return multiplies_bytes() && !multiplies_bfloat16();
