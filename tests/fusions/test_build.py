@@ -119,11 +119,14 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
     counts = {(int(m), int(v)): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, v, body in strips}
     assert counts == {(m, v): m * v for m in range(1, 7) for v in range(1, 1 + (4 if ops.isa == "x86-64-v4" else 2))}
     assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in strips), "accumulators left the registers"
+    streams = re.findall(r"^\w+ <void oxfuse::stream_rows<(\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
+    counts = {int(m): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, body in streams}
+    assert counts == {m: 4 * m for m in range(1, rows + 1)}  # two rows, in each even places and odd ones
     functions = re.findall(r"^\w+ <(.*?)>:\n(.*?)\n\n", text, re.M | re.S)
     # They are called where the processor has the instruction.
     asking = {
         "vdpbf16ps": {"advance_pairs", "advance_panel_pairs", "stream_pairs"} if wide else set(),
-        "vpdpwssd": {"advance_words"} if wide else set(),
+        "vpdpwssd": {"advance_words", "stream_words"} if wide else set(),
         "vpdpbusd": {"advance_bytes", "stream_bytes"},
     }
     for instruction, names in asking.items():

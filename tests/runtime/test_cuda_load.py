@@ -19,7 +19,7 @@ from oxfuse.errors import InternalError, UserError
 from oxfuse.runtime import artifact as artifact_module
 from oxfuse.runtime import host, upload
 from oxfuse.runtime.artifact import check_targets, choose_programs, load
-from oxfuse.runtime.cache_size import least_cache, size_cache
+from oxfuse.runtime.cache_size import PREFILL_CHUNK, least_cache, size_cache
 from oxfuse.runtime.device_load import device_engine
 from oxfuse.runtime.gpus import Gpu, Gpus, choose_gpu, find_gpus, gpu_misfits
 from oxfuse.runtime.library import Library
@@ -262,7 +262,7 @@ def test_workspace(artifact: Path) -> None:
     for context, batch, tokens, most in ((4096, 8, 8192, 2048), (4096, 3000, 8192, 3000), (4096, 8, 100, 100), (9, 8, 8192, 72)):
         limits = Limits(max_context=context, max_batch=batch, max_step_tokens=tokens)
         assert step_limits(limits).max_step_tokens == most
-    assert step_limits(Limits(max_context=32768, max_batch=1, max_step_tokens=8192)).max_step_tokens == 1024
+    assert step_limits(Limits(max_context=32768, max_batch=1, max_step_tokens=8192)).max_step_tokens == PREFILL_CHUNK
     program = read_manifest(artifact).programs[0]
     logits = 128 * VOCAB * (4 + 4)
     assert workspace_bytes(program, LIMITS) == logits + 2048 * (256 << 10)
