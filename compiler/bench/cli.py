@@ -348,10 +348,13 @@ def _random_checkpoint(place: Path, layers: int, vocabulary: int, progress: Prog
 
 
 def _write(result: SpeedResult | GridResult, json_path: Path | None, markdown: Path | None) -> None:
-    for path, text in ((json_path, result.to_json()), (markdown, result.to_markdown())):
+    for path, made in ((json_path, result.to_json), (markdown, result.to_markdown)):
+        if path is None:
+            continue
+        text = made()  # one by one: a run of half an hour is not lost to a fault in how one of them is told
         if path == Path("-"):
             click.echo(text, nl=False)
-        elif path is not None:
+        else:
             try:
                 path.write_text(text, "utf-8")
             except OSError as error:

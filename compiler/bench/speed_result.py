@@ -188,8 +188,8 @@ class SpeedResult:
         for f in self.footprints:
             needed = "" if f.weights is None else size_text(f.weights + f.caches[sizes[-1]])
             times = f"{statistics.median(f.load_seconds):.2f} + {statistics.median(f.first_seconds):.2f}"
-            cells = [size_text(f.peaks[size]) for size in sizes]
-            cells += [size_text(f.peaks[sizes[-1]] - f.bare), needed, size_text(f.loading), times]
+            cells = [size_text(f.peaks[size]) if size in f.peaks else "" for size in sizes]
+            cells += [size_text(f.peak - f.bare), needed, size_text(f.loading), times]
             yield f"| {self.engines[f.engine].title} | {' | '.join(cells)} |"
         yield ""
         yield (

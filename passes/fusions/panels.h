@@ -494,14 +494,14 @@ void for_each_panel_pair(const F& w, const Places& places, const Activations& x,
   const int64_t parts = std::min(twos, std::max<int64_t>(12, 48 / groups));  // of the panels: dozens in all, so that the last ones do not take long
   const int64_t items = groups * parts;
   share(items, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
-    PanelScratch scratch;
+    const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
     for (int64_t item; (item = next()) < items;) {
       const Group& group = places.groups[item / parts];
       const int64_t part = item % parts, end = std::min(pairs, twos * (part + 1) / parts * 2);
       const Activations own = x.at(group.first * places.blocks, group.count);
       for (int64_t pair = twos * part / parts * 2; pair < end; ++pair) {
-        multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), scratch);
-        out(group, pair * PAIR, scratch);
+        multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), *scratch);
+        out(group, pair * PAIR, *scratch);
       }
     }
   });

@@ -88,6 +88,9 @@ def test_table_states_median_floor_ratios_and_disturbance() -> None:
     # 2.18 GB and a bare process of 0.1 GB: 2.08 over 2.04
     assert "| oxfuse exact | 2.1 GB | 2.2 GB | 2.1 GB | 2.0 GB | 2.2 GB | 0.20 + 0.50 |" in text
     assert "| transformers bf16 | 7.0 GB | 7.0 GB | 6.9 GB |  | 7.0 GB | 0.20 + 1.00 |" in text
+    short = replace(result().footprints[1], peaks={512: 6_950_000_000})  # an engine that takes no longer prompt
+    text = replace(result(), footprints=[result().footprints[0], short]).to_markdown()
+    assert "| transformers bf16 | 7.0 GB |  | 6.8 GB |  | 7.0 GB | 0.20 + 1.00 |" in text
     told = json.loads(result().to_json())
     assert told["figures"][0]["ratios"] == {PEER: 2} and told["figures"][0]["samples"] == [0.005, 0.004, 0.006, 0.005]
     assert {"text", "wanted", "found", "holds"} <= told["bars"][0].keys()

@@ -242,7 +242,7 @@ static void combine_packed(const Routing& routing, const Places& places, const A
   for (int64_t i = 0; i < tokens * k; ++i) weight[routing.row[i]] = routing.weight[i];
   const int64_t pairs = hidden / WIDTH, most = tokens > STREAMED_ROWS ? 1 : PAIRS_OF_FEW, parts = (pairs + most - 1) / most;
   share(parts, tokens * k * hidden * down.length, [&](const auto& next) {
-    PanelScratch scratch;
+    const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
     const Buffer<float> sums = buffer<float>(tokens * most * WIDTH);
     for (int64_t part; (part = next()) < parts;) {
       const int64_t first = part * most, some = std::min(most, pairs - first), columns = some * WIDTH;
@@ -250,14 +250,14 @@ static void combine_packed(const Routing& routing, const Places& places, const A
       for (const Group& group : places.groups) {
         const Activations own = x.at(group.first * places.blocks, group.count);
         for (int64_t pair = 0; pair < some; ++pair) {
-          multiply_panels(down, group.expert, (first + pair) * PAIR, own, static_cast<int>(group.count), scratch);
+          multiply_panels(down, group.expert, (first + pair) * PAIR, own, static_cast<int>(group.count), *scratch);
           float added[WIDTH];
           for (int r = 0; r < WIDTH; ++r) added[r] = bias[group.expert * hidden + (first + pair) * WIDTH + r];
           for (int64_t i = 0; i < group.count; ++i) {
             float* sum = &sums[routing.token[group.first + i] * columns + pair * WIDTH];
             const float factor = weight[group.first + i];
             for (int v = 0; v < WIDTH; v += LANES)
-              store(sum + v, load(sum + v) + (load(scratch.out + i * WIDTH + v) + load(added + v)) * factor);
+              store(sum + v, load(sum + v) + (load(scratch->out + i * WIDTH + v) + load(added + v)) * factor);
           }
         }
       }
