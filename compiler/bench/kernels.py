@@ -105,7 +105,8 @@ class KernelResult:
             "|---|---:|---:|---:|---:|---:|---:|",
             *(kernel.line for kernel in self.kernels),
             "",
-            "Floor: bytes over the bandwidth, or operations over the peak of the op's arithmetic: what takes longer.",
+            "Floor: bytes over the bandwidth, or operations over the peak (int8's for activations of 8 bits, else floating "
+            "point's, which products of 16-bit numbers pass): what takes longer.",
         ]
         return "\n".join(lines) + "\n"
 
