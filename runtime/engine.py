@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,10 +213,10 @@ class Engine:
         return [_joined(answers) for answers in parts]
 
     def _step(self, feeds: Sequence[Feed]) -> list[Answer]:
-        starts = np.cumsum([0, *(feed.count for feed in feeds)])
+        starts = accumulate((feed.count for feed in feeds), initial=0)
         wanted = [feed.wanted() for feed in feeds]
         rows = [
-            int(start) + index - feed.sequence.cached
+            start + index - feed.sequence.cached
             for start, feed, indices in zip(starts, feeds, wanted, strict=False)
             for index in indices
         ]
@@ -236,7 +236,7 @@ class Engine:
             if feed.greedy and outcome.best is not None:
                 answers.append(list(outcome.best[part]))
             elif outcome.logits is not None:
-                answers.append(outcome.logits[part])
+                answers.append(outcome.logits if len(indices) == len(outcome.logits) else outcome.logits[part])
             else:
                 assert not indices, "logits are wanted and were not brought back"
                 answers.append([])
@@ -283,6 +283,9 @@ def intra_op_threads(count: int | None) -> Iterator[None]:
         return
     with _threads_lock:  # two models with different numbers must not restore each other's
         before = torch.get_num_threads()
+        if count == before:  # to set it anew costs as much as an operator
+            yield
+            return
         torch.set_num_threads(count)
         try:
             yield

@@ -54,13 +54,25 @@ constexpr int64_t GRAIN = 65536;  // multiplications below which a thread is not
 using torch::stable::parallel_for;
 #endif
 
-// Calls body(next) on threads that `work` multiplications are worth, `next()` being each of the numbers below `items` once, and then `items`:
-// whoever is free takes the next one, so that none waits long for a slower one.
+struct Range {
+  int64_t begin, end;
+};
+
+// Calls body(next) on threads that `work` multiplications are worth. What next() returns are pieces of 0 to `items`, and then empty ones: whoever is
+// free takes the next one, of at most `most` and of fewer the fewer are left, so that nobody waits long for a slower one.
 template <class Body>
-void share(int64_t items, int64_t work, const Body& body) {
+void share(int64_t items, int64_t most, int64_t work, const Body& body) {
+  const int64_t threads = std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()});
   std::atomic<int64_t> taken{0};
-  const auto next = [&] { return std::min(taken.fetch_add(1), items); };
-  parallel_for(0, std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()}), 1, [&](int64_t, int64_t) { body(next); });
+  const auto next = [&]() -> Range {
+    int64_t begin = taken.load(), end;
+    do {
+      if (begin == items) return {items, items};
+      end = begin + std::clamp<int64_t>((items - begin) / (2 * threads), 1, most);
+    } while (!taken.compare_exchange_weak(begin, end));
+    return {begin, end};
+  };
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
 }
 
 // Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
@@ -70,16 +82,31 @@ void share(int64_t items, int64_t work, const Body& body) {
 
 inline std::string text(int64_t value) { return std::to_string(value); }
 
-inline std::string text(const std::vector<int64_t>& shape) {
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // of somebody else's numbers
+
+inline std::string text(Shape shape) {
   std::string out = "[";
   for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + text(shape[i]);
   return out + "]";
 }
 
-inline std::vector<int64_t> sizes(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+inline void check_shape(const char* name, const Tensor& x, Shape expected) {
+  OXFUSE_CHECK(x.sizes() == expected, std::string(name) + " has shape " + text(x.sizes()) + ", expected " + text(expected));
+}
 
-inline void check_shape(const char* name, const Tensor& x, const std::vector<int64_t>& expected) {
-  OXFUSE_CHECK(sizes(x) == expected, std::string(name) + " has shape " + text(sizes(x)) + ", expected " + text(expected));
+// `x` in one piece. torch's function alone looks its operator up by name even where there is nothing to do, which a token met a hundred times.
+inline Tensor in_one_piece(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// Memory that is not set, of the dtype of `x`; for the same reason not by torch::stable::new_empty.
+inline Tensor uninitialized(const Tensor& x, Shape shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &made));
+  return Tensor(made);
 }
 
 inline std::string dtype_name(const Tensor& x) {
@@ -133,7 +160,7 @@ Buffer<T> buffer(int64_t count) {
 // Reads single values of a small tensor as float32, whichever of the two dtypes it has: biases, sinks, frequencies.
 class Values {
  public:
-  Values(const char* name, const Tensor& x) : whole_(torch::stable::contiguous(x)), data_(whole_.data_ptr()) {
+  Values(const char* name, const Tensor& x) : whole_(in_one_piece(x)), data_(whole_.data_ptr()) {
     with_type(name, whole_, [&](auto type) { half_ = std::is_same_v<decltype(type), bfloat16>; });
   }
   float operator[](int64_t i) const { return half_ ? widen(static_cast<const bfloat16*>(data_)[i]) : static_cast<const float*>(data_)[i]; }

@@ -489,21 +489,21 @@ void multiply_panels(const F& w, int64_t expert, int64_t panel, const Activation
 // each other on one thread, from a multiple of four on.
 template <class F, class Out>
 void for_each_panel_pair(const F& w, const Places& places, const Activations& x, Out&& out) {
-  const int64_t pairs = (w.panels + PAIR - 1) / PAIR, twos = (pairs + 1) / 2, groups = places.groups.size(), rows = places.group.size();
-  if (!groups) return;
-  const int64_t parts = std::min(twos, std::max<int64_t>(12, 48 / groups));  // of the panels: dozens in all, so that the last ones do not take long
-  const int64_t items = groups * parts;
-  share(items, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
+  const int64_t pairs = (w.panels + PAIR - 1) / PAIR, twos = (pairs + 1) / 2, items = places.groups.size() * twos, rows = places.group.size();
+  if (!items) return;
+  const int64_t most = (twos + 11) / 12;  // a dozenth of an expert
+  share(items, most, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
     const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
-    for (int64_t item; (item = next()) < items;) {
-      const Group& group = places.groups[item / parts];
-      const int64_t part = item % parts, end = std::min(pairs, twos * (part + 1) / parts * 2);
-      const Activations own = x.at(group.first * places.blocks, group.count);
-      for (int64_t pair = twos * part / parts * 2; pair < end; ++pair) {
-        multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), *scratch);
-        out(group, pair * PAIR, *scratch);
+    for (Range part = next(); part.begin < part.end; part = next())
+      for (int64_t item = part.begin; item < part.end; ++item) {
+        const Group& group = places.groups[item / twos];
+        const Activations own = x.at(group.first * places.blocks, group.count);
+        const int64_t first = item % twos * 2;
+        for (int64_t pair = first; pair < std::min(pairs, first + 2); ++pair) {
+          multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), *scratch);
+          out(group, pair * PAIR, *scratch);
+        }
       }
-    }
   });
 }
 

@@ -92,7 +92,7 @@ static void decode_wide(const DensePanels& w, const int64_t* panels, int64_t fir
 constexpr int STREAMS = 2;           // rows that are read at once: the memory serves two streams better than one
 constexpr int STEP = 2 * LANES;      // values of a row that are taken at once
 constexpr int64_t AHEAD = 4 * 1024;  // values: how far ahead of what is multiplied the memory is asked at least
-constexpr int64_t PART = 512 * 1024;  // values of weights that a thread takes at a time at most; of few it takes a fourth of its share
+constexpr int64_t PART = 512 * 1024;  // values of weights that a thread takes at a time at most
 
 // Takes STEP values apart: those with even places, and the others. A shift and a mask do it.
 static void take_apart(const bfloat16* from, Floats& even, Floats& odd) {
@@ -150,11 +150,9 @@ static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weig
       store(&wide[t * stride + k], even);
       store(&wide[t * stride + k + LANES], odd);
     }
-  const int64_t pairs = (rows + STREAMS - 1) / STREAMS, own = pairs / (4 * torch::stable::get_num_threads());
-  const int64_t part = std::max<int64_t>(1, std::min(own, PART / (STREAMS * length))) * STREAMS, parts = (rows + part - 1) / part;
-  share(parts, tokens * rows * length, [&](const auto& next) {
-    for (int64_t item; (item = next()) < parts;)
-      for (int64_t row = item * part; row < std::min((item + 1) * part, rows); row += STREAMS) {
+  share((rows + STREAMS - 1) / STREAMS, std::max<int64_t>(1, PART / (STREAMS * length)), tokens * rows * length, [&](const auto& next) {
+    for (Range part = next(); part.begin < part.end; part = next())
+      for (int64_t row = part.begin * STREAMS; row < std::min(part.end * STREAMS, rows); row += STREAMS) {
         const bfloat16* from[STREAMS];
         for (int r = 0; r < STREAMS; ++r) from[r] = weight + std::min(row + r, rows - 1) * length;
         float results[MR][STREAMS];
@@ -168,19 +166,19 @@ static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weig
 
 static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   OXFUSE_CHECK(weight.dim() == 2 && input.dim() >= 1 && input.size(-1) == weight.size(1),
-               "expected input [..., " + text(weight.size(-1)) + "], found " + text(sizes(input)));
+               "expected input [..., " + text(weight.size(-1)) + "], found " + text(input.sizes()));
   const int64_t rows = weight.size(0), length = weight.size(1);
   check_dtype("input", input, "bfloat16");
   check_dtype("weight", weight, "bfloat16");
   OXFUSE_CHECK(weight.is_contiguous(), "weight must be contiguous: a silent copy would cost its size in memory");
   if (bias) check_shape("bias", *bias, {rows});
-  std::vector<int64_t> shape = sizes(input);
+  std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = rows;
   const int64_t tokens = length ? input.numel() / length : 0;
-  const Tensor in = torch::stable::contiguous(input);
+  const Tensor in = in_one_piece(input);
   if (tokens > MR && (multiplies_bfloat16() || multiplies_matrices())) return by_torch(in, weight, bias);
 
-  const Tensor out = torch::stable::new_empty(input, shape);
+  const Tensor out = uninitialized(input, shape);
   std::optional<Values> added;
   if (bias) added.emplace("bias", *bias);
   const bfloat16 *from = data<bfloat16>(in), *rows_from = data<bfloat16>(weight);

@@ -58,7 +58,7 @@ static void multiply(const T* x, int64_t tokens, int64_t length, const Int8& w, 
 
 static Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& scales, const std::optional<Tensor>& bias, int64_t rows,
                           bool int8_activations) {
-  OXFUSE_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "x must have features, found " + text(sizes(x)));
+  OXFUSE_CHECK(x.dim() >= 1 && x.size(-1) >= 1, "x must have features, found " + text(x.sizes()));
   const int64_t length = x.size(-1), panels = (rows + PANEL_ROWS - 1) / PANEL_ROWS, blocks = (length + BLOCK - 1) / BLOCK;
   check_shape("values", values, {panels, blocks, BLOCK * PANEL_ROWS});
   check_shape("scales", scales, {panels, blocks, PANEL_ROWS});
@@ -66,9 +66,9 @@ static Tensor linear_int8(const Tensor& x, const Tensor& values, const Tensor& s
   check_dtype("scales", scales, "bfloat16");
   if (bias) check_shape("bias", *bias, {rows});
   OXFUSE_CHECK(values.is_contiguous() && scales.is_contiguous(), "weights must be contiguous: a silent copy would cost their size in memory");
-  std::vector<int64_t> shape = sizes(x);
+  std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows;
-  const Tensor in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, shape);
+  const Tensor in = in_one_piece(x), out = uninitialized(x, shape);
   std::optional<Values> added;
   if (bias) added.emplace("bias", *bias);
   with_type("x", x, [&](auto type) {

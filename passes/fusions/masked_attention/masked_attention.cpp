@@ -67,7 +67,7 @@ struct Strided {
   void lines(int64_t, int64_t, Lines&) const {}  // at equal distances: the processor sees by itself what comes next
 };
 
-static Tensor with_whole_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : torch::stable::contiguous(x); }
+static Tensor with_whole_rows(const Tensor& x) { return x.stride(-1) == 1 ? x : in_one_piece(x); }
 
 // Checks what both ops take, and calls each(b, first token, count, block, run) for all blocks, where run(view) computes the block.
 // `most_keys` bounds what a token sees.
@@ -88,7 +88,7 @@ static Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const st
     for (int64_t h = 0; h < heads; ++h) sinks[h] = values[h];
   }
   const Tensor q_in = with_whole_rows(q), k_in = with_whole_rows(k), v_in = with_whole_rows(v);
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor out = uninitialized(q, q.sizes());
   const int64_t group = heads / kv_heads, most = std::max<int64_t>(1, BLOCK_ROWS / group), runs = (tokens + most - 1) / most;
   const int64_t items = batch * runs * kv_heads, work_size = 2 * batch * tokens * heads * dim * seen;
   const int64_t threads = std::min<int64_t>({items, 1 + work_size / GRAIN, torch::stable::get_num_threads()});
@@ -130,7 +130,7 @@ static Tensor masked_attention(const Tensor& q, const Tensor& k, const Tensor& v
   OXFUSE_CHECK(q.dim() == 4 && k.dim() == 4 && mask.dim() == 4, "expected q [B, S, NH, D], k [B, L, KV, D] and mask [B, 1, S, L]");
   const int64_t batch = q.size(0), tokens = q.size(1), keys = k.size(1);
   OXFUSE_CHECK((mask.size(0) == batch || mask.size(0) == 1) && mask.size(1) == 1 && (mask.size(2) == tokens || mask.size(2) == 1) && mask.size(3) == keys,
-               "mask has shape " + text(sizes(mask)) + ", expected " + text(std::vector<int64_t>{batch, 1, tokens, keys}));
+               "mask has shape " + text(mask.sizes()) + ", expected " + text({batch, 1, tokens, keys}));
   const ScalarType kind = mask.scalar_type();
   OXFUSE_CHECK(kind == ScalarType::Bool || kind == ScalarType::Float || kind == ScalarType::BFloat16,
                "mask has dtype " + dtype_name(mask) + ", expected bool, float32 or bfloat16");

@@ -240,12 +240,12 @@ static void combine_packed(const Routing& routing, const Places& places, const A
                            int64_t k, int64_t hidden, T* out) {
   std::vector<float> weight(tokens * k);  // of each sorted row
   for (int64_t i = 0; i < tokens * k; ++i) weight[routing.row[i]] = routing.weight[i];
-  const int64_t pairs = hidden / WIDTH, most = tokens > STREAMED_ROWS ? 1 : PAIRS_OF_FEW, parts = (pairs + most - 1) / most;
-  share(parts, tokens * k * hidden * down.length, [&](const auto& next) {
+  const int64_t pairs = hidden / WIDTH, most = tokens > STREAMED_ROWS ? 1 : PAIRS_OF_FEW;
+  share(pairs, most, tokens * k * hidden * down.length, [&](const auto& next) {
     const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
     const Buffer<float> sums = buffer<float>(tokens * most * WIDTH);
-    for (int64_t part; (part = next()) < parts;) {
-      const int64_t first = part * most, some = std::min(most, pairs - first), columns = some * WIDTH;
+    for (Range part = next(); part.begin < part.end; part = next()) {
+      const int64_t first = part.begin, some = part.end - first, columns = some * WIDTH;
       std::fill_n(sums.get(), tokens * columns, 0.f);
       for (const Group& group : places.groups) {
         const Activations own = x.at(group.first * places.blocks, group.count);
@@ -337,7 +337,7 @@ static Tensor moe_dispatch(const Tensor& x, const Tensor& router_weight, const T
   OXFUSE_CHECK(router_weight.is_contiguous() && (!gate_up_scales || (gate_up_scales->is_contiguous() && down_scales->is_contiguous())),
                "the router's weights must be contiguous, and scales");
 
-  const Tensor x_in = torch::stable::contiguous(x), out = torch::stable::new_empty(x, x.sizes());
+  const Tensor x_in = in_one_piece(x), out = uninitialized(x, x.sizes());
   const Values router_b("router_bias", router_bias), gate_up_b("gate_up_bias", gate_up_bias), down_b("down_bias", down_bias);
   const int64_t tokens = hidden ? x.numel() / hidden : 0, stride = round_up(hidden, 32);
   with_type("x", x, [&](auto type) {

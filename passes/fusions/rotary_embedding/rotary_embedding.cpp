@@ -19,7 +19,7 @@ static void rotate(const T* x, T* out, int64_t heads, int64_t dim, int64_t half,
 static std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q, const Tensor& k, const Tensor& positions,
                                                    const Tensor& inv_freq, double scale) {
   const int64_t tokens = positions.numel(), dim = q.size(-1), heads = q.size(-2), kv_heads = k.size(-2), half = inv_freq.numel();
-  std::vector<int64_t> shape = sizes(positions);
+  std::vector<int64_t> shape = positions.sizes().vec();
   shape.insert(shape.end(), {heads, dim});
   check_shape("q", q, shape);
   shape[shape.size() - 2] = kv_heads;
@@ -27,8 +27,8 @@ static std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q, const Tensor
   check_dtype("k", k, dtype_name(q).c_str());
   check_dtype("positions", positions, "int64");
   OXFUSE_CHECK(2 * half <= dim, text(half) + " frequencies turn " + text(2 * half) + " dims, but a head has " + text(dim));
-  const Tensor q_in = torch::stable::contiguous(q), k_in = torch::stable::contiguous(k), index = torch::stable::contiguous(positions);
-  const Tensor q_out = torch::stable::new_empty(q, q.sizes()), k_out = torch::stable::new_empty(k, k.sizes());
+  const Tensor q_in = in_one_piece(q), k_in = in_one_piece(k), index = in_one_piece(positions);
+  const Tensor q_out = uninitialized(q, q.sizes()), k_out = uninitialized(k, k.sizes());
   const Values freq("inv_freq", inv_freq);
   with_type("q", q, [&](auto type) {
     using T = decltype(type);

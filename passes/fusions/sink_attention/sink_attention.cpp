@@ -91,9 +91,9 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
   if (sink) check_shape("sink", *sink, {heads});
 
   const int64_t blocks = k_cache.size(0), block_size = k_cache.size(3), columns = block_table.size(1), group = heads / kv_heads;
-  const Tensor q_in = torch::stable::contiguous(q), k_in = torch::stable::contiguous(k), v_in = torch::stable::contiguous(v);
-  const Tensor starts_in = torch::stable::contiguous(query_start), lens_in = torch::stable::contiguous(kv_lens),
-               slots_in = torch::stable::contiguous(slots), table_in = torch::stable::contiguous(block_table);
+  const Tensor q_in = in_one_piece(q), k_in = in_one_piece(k), v_in = in_one_piece(v);
+  const Tensor starts_in = in_one_piece(query_start), lens_in = in_one_piece(kv_lens),
+               slots_in = in_one_piece(slots), table_in = in_one_piece(block_table);
   const int64_t *start = data<int64_t>(starts_in), *lens = data<int64_t>(lens_in), *slot = data<int64_t>(slots_in),
                 *table = data<int64_t>(table_in);
   std::vector<float> sinks(sink ? heads : 0);
@@ -101,7 +101,7 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
     const Values values("sink", *sink);
     for (int64_t h = 0; h < heads; ++h) sinks[h] = values[h];
   }
-  const Tensor out = torch::stable::new_empty(q, q.sizes());
+  const Tensor out = uninitialized(q, q.sizes());
 
   // Everything that an index could point outside of is checked here, once, before memory is touched.
   std::vector<int64_t> owner(tokens, -1), index(tokens, -1);  // of each token: its sequence, and its place in it
