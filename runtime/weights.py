@@ -104,7 +104,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     """Return every tensor of the safetensors file at `path`, mapped read-only: no copy, file-backed pages.
 
     Large ones are asked for: Linux then reads what its page cache lacks in pieces of 2 MB, and decoding, which walks through
-    all weights for every token, looks up a page for each of them and not one for every 4 KB (a tenth faster, measured).
+    all weights for every token, looks up a page for each of them and not one for every 4 KB.
 
     Raises UserError as `read_header` does, or where a tensor does not start at a multiple of its element size.
     """

@@ -10,7 +10,6 @@ product is the peer of dense layers.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 from oxfuse.compiler.backend import cpu_ops
 from oxfuse.compiler.bench.probe import matmul_peak, read_bandwidth
 from oxfuse.compiler.bench.speed import processor
+from oxfuse.runtime.machine import processors
 
 COLD = 1 << 30
 """Bytes of weights that take turns: several times what a last-level cache leaves to a guest."""
@@ -225,7 +225,9 @@ def _attention(shape: Shape, cold: int, op: Callable[..., Tensor], draw: torch.G
 
 
 @click.command()
-@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True, help="Threads of the ops and of the probes.")
+@click.option(
+    "--threads", default=lambda: processors().threads, help="Of ops and probes; by default all that it may use."
+)
 @click.option("--rounds", default=9, show_default=True, help="Turns; the median counts.")
 @click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Write the table there.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there.")

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from oxfuse.compiler import weight_file
-from oxfuse.compiler.weight_file import ALIGNMENT, WeightEntry, entry_of, write_weights
+from oxfuse.compiler.weight_file import ALIGNMENT, LARGE_PAGE, WeightEntry, entry_of, write_weights
 from oxfuse.errors import InternalError, UserError
 from oxfuse.passes.quantise import Mxfp4Bytes, Mxfp4Columns
 from oxfuse.passes.weights import Cast, SwapRowsAndColumns, Transform, Weight
@@ -75,6 +76,16 @@ def test_read_back_bit_for_bit(tmp_path: Path, tensors: dict[str, torch.Tensor])
     assert sum(seen) == sum(t.nbytes for t in tensors.values())
     with safe_open(path, "pt") as reader:
         assert reader.metadata() == {"format": "pt"}
+
+
+def test_no_write_crosses_a_large_page(tmp_path: Path) -> None:
+    """The page cache then holds the file in large pages; a write across their border would split two of them."""
+    sizes = {"a": LARGE_PAGE - 3 * ALIGNMENT, "b": 2 * LARGE_PAGE + 5, "c": 7, "d": LARGE_PAGE}
+    seen = list[int]()
+    entries = {name: entry(torch.zeros(size, dtype=torch.uint8)) for name, size in sizes.items()}
+    file = write_weights(tmp_path / "weights.safetensors", entries, seen.append)
+    ends = [*accumulate(seen, initial=file.bytes - sum(sizes.values()))]
+    assert ends[-1] == file.bytes and all(begin // LARGE_PAGE == (end - 1) // LARGE_PAGE for begin, end in pairwise(ends))
 
 
 def test_alignment_and_header(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:

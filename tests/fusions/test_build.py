@@ -125,14 +125,18 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
     functions = re.findall(r"^\w+ <(.*?)>:\n(.*?)\n\n", text, re.M | re.S)
     # They are called where the processor has the instruction.
     asking = {
-        "vdpbf16ps": {"advance_pairs", "advance_panel_pairs", "stream_pairs"} if wide else set(),
-        "vpdpwssd": {"advance_words", "stream_words"} if wide else set(),
+        "vdpbf16ps": {"advance_pairs", "advance_panel_pairs", "stream_twos"} if wide else set(),
+        "vpdpwssd": {"advance_words", "stream_twos"} if wide else set(),
         "vpdpbusd": {"advance_bytes", "stream_bytes"},
     }
     for instruction, names in asking.items():
         users = [name.removeprefix("void oxfuse::") for name, body in functions if instruction in body]
         assert {re.sub("<.*", "", name) for name in users} == names
         assert instruction != "vpdpbusd" or all("Vnni" in name for name in users)
+    if wide:
+        streams = [(name, body) for name, body in functions if re.search(r"stream_(panels|twos|bytes<oxfuse::Vnni)", name)]
+        kept = [name for name, body in streams if re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body)]
+        assert len(streams) == 4 * (2 + 2 + 2) and not kept, "sums of rows that stream by left the registers"
 
 
 def test_nan_goes_where_it_belongs(ops: OpsBuild) -> None:

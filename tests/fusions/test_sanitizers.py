@@ -120,19 +120,19 @@ BROKEN = {  # (sanitizer, file, what is replaced by what, what is reported)
     ),
     "read a vector past the end": (
         ADDRESS,
-        "panels.h",
+        "activations.h",
         [("left >= LANES ? load(from) : left > 0 ? load(from, left) : Floats{}", "load(from)")],
         READ,
     ),
     "written past the end of own memory": (
         ADDRESS,
-        "panels.h",
+        "activations.h",
         [("buffer<float>(rows * places.blocks * BLOCK)", "buffer<float>(rows * places.blocks * BLOCK - 1)")],
         r"AddressSanitizer: .*\nWRITE of size \d+",
     ),
     "read before it is written": (
         ADDRESS,
-        "panels.h",
+        "activations.h",
         [("block, BLOCK * sizeof(float)); });", "block, (BLOCK - 1) * sizeof(float)); });")],
         r"AssertionError: off by nan",
     ),

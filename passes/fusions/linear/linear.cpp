@@ -89,9 +89,9 @@ static void decode_wide(const DensePanels& w, const int64_t* panels, int64_t fir
     }
 }
 
-constexpr int STREAMS = 2;           // rows that are read at once: the memory serves two streams better than one
-constexpr int STEP = 2 * LANES;      // values of a row that are taken at once
-constexpr int64_t AHEAD = 4 * 1024;  // values: how far ahead of what is multiplied the memory is asked at least
+constexpr int STREAMS = 2;            // rows that are read at once: the memory serves two streams better than one
+constexpr int STEP = 2 * LANES;       // values of a row that are taken at once
+constexpr int64_t AHEAD = 4 * 1024;   // values: how far ahead of what is multiplied the memory is asked at least
 constexpr int64_t PART = 512 * 1024;  // values of weights that a thread takes at a time at most
 
 // Takes STEP values apart: those with even places, and the others. A shift and a mask do it.

@@ -102,48 +102,6 @@ __m512i pair_at(const T* x) {  // two values of 16 bits, in every lane
   return _mm512_set1_epi32(both);
 }
 
-// `stream_panels` in bfloat16.
-template <int M>
-__attribute__((noinline)) void stream_pairs(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
-  const __m512i table = e2m1_table();
-  __m512 total[M][PAIR];
-#pragma GCC unroll 8
-  for (int i = 0; i < M * PAIR; ++i) total[i / PAIR][i % PAIR] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < w.length / BLOCK; ++b) {
-    __m512 acc[M][PAIR];
-#pragma GCC unroll 8
-    for (int i = 0; i < M * PAIR; ++i) acc[i / PAIR][i % PAIR] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      __m512i lanes[PAIR];
-#pragma GCC unroll 2
-      for (int p = 0; p < PAIR; ++p) {
-        lanes[p] = (__m512i)w.load(panels[p], b, c, 0);
-      }
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        __m512i value[PAIR];
-#pragma GCC unroll 2
-        for (int p = 0; p < PAIR; ++p) value[p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes[p], 4 * n), table);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          const __m512i factor = pair_at(x.half + (b * x.rows + m) * BLOCK + 8 * c + 2 * n);
-#pragma GCC unroll 2
-          for (int p = 0; p < PAIR; ++p) add_pairs(acc[m][p], value[p], factor);
-        }
-      }
-    }
-#pragma GCC unroll 2
-    for (int p = 0; p < PAIR; ++p) {
-      const __m512 scale = (__m512)w.scale(panels[p], b, 0);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) total[m][p] = _mm512_fmadd_ps(acc[m][p], scale, total[m][p]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M * PAIR; ++i) _mm512_storeu_ps(out + i * 16, total[i / PAIR][i % PAIR]);
-}
-
 // Decodes blocks of two panels to scaled bfloat16, pairs of values beside each other: to[k / 2][panel][row][k % 2]. Returns whether all are
 // exact, which scales at the ends of their range prevent: multiplying bfloat16 takes subnormal values for 0.
 inline bool decode_pairs(const Mxfp4::Panel* panels, int64_t first, int64_t count, __m512i* to) {
@@ -204,9 +162,7 @@ void advance_pair_rows(int64_t some, const __m512i* w, const Activations& x, int
     if (some < R) return advance_pair_rows<R - 1>(some, w, x, count, c);
   advance_panel_pairs<R>(w, x, count, c);
 }
-#endif
 
-#ifdef __AVX512F__
 inline __m512i twice_table() {  // twice the values in 16 bits, all of them twice
   alignas(64) static const int16_t table[32] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
                                                 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -215,16 +171,32 @@ inline __m512i twice_table() {  // twice the values in 16 bits, all of them twic
 
 inline __attribute__((always_inline)) void add_words(__m512i& acc, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 
-// `stream_panels` for rows of x in 16 bits: a block's sum is exact.
-template <int M>
-__attribute__((noinline)) void stream_words(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
-  const __m512i table = twice_table();
+// Two ways to multiply two values of 16 bits a lane: in bfloat16, and as whole numbers, where a block's sum is exact.
+struct InBfloat16 {
+  using Sum = __m512;
+  static constexpr float UNIT = 1;
+  static __m512i table() { return e2m1_table(); }
+  static const bfloat16* values(const Activations& x) { return x.half; }
+  static __attribute__((always_inline)) void add(Sum& acc, __m512i a, __m512i b) { add_pairs(acc, a, b); }
+  static Floats scaled(Sum acc, Floats scale, const Activations&, int) { return (Floats)acc * scale; }
+};
+struct InWords {
+  using Sum = __m512i;
+  static constexpr float UNIT = Mxfp4::UNIT;
+  static __m512i table() { return twice_table(); }
+  static const int16_t* values(const Activations& x) { return x.words.values; }
+  static __attribute__((always_inline)) void add(Sum& acc, __m512i a, __m512i b) { add_words(acc, a, b); }
+  static Floats scaled(Sum acc, Floats scale, const Activations& x, int m) { return (Floats)_mm512_cvtepi32_ps(acc) * (scale * x.words.scales[m]); }
+};
+
+// `stream_panels` in one of these.
+template <class Way, int M>
+__attribute__((noinline)) void stream_twos(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
+  const __m512i table = Way::table();
   Floats total[M][PAIR] = {};
   for (int64_t b = 0; b < w.length / BLOCK; ++b) {
-    const Numbers<int16_t> at = x.from(0, b).words;
-    __m512i acc[M][PAIR];
-#pragma GCC unroll 8
-    for (int i = 0; i < M * PAIR; ++i) acc[i / PAIR][i % PAIR] = _mm512_setzero_si512();
+    const Activations at = x.from(0, b);
+    typename Way::Sum acc[M][PAIR] = {};
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       __m512i lanes[PAIR];
@@ -237,20 +209,28 @@ __attribute__((noinline)) void stream_words(const Mxfp4& w, const Mxfp4::Panel* 
         for (int p = 0; p < PAIR; ++p) value[p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes[p], 4 * n), table);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const __m512i factor = pair_at(at.values + m * BLOCK + 8 * c + 2 * n);
+          const __m512i factor = pair_at(Way::values(at) + m * BLOCK + 8 * c + 2 * n);
 #pragma GCC unroll 2
-          for (int p = 0; p < PAIR; ++p) add_words(acc[m][p], value[p], factor);
+          for (int p = 0; p < PAIR; ++p) Way::add(acc[m][p], value[p], factor);
         }
       }
     }
 #pragma GCC unroll 2
     for (int p = 0; p < PAIR; ++p) {
-      const Floats scale = w.scale(panels[p], b, 0) * Mxfp4::UNIT;
+      const Floats scale = w.scale(panels[p], b, 0) * Way::UNIT;
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) total[m][p] = total[m][p] + (Floats)_mm512_cvtepi32_ps(acc[m][p]) * (scale * at.scales[m]);
+      for (int m = 0; m < M; ++m) total[m][p] = total[m][p] + Way::scaled(acc[m][p], scale, at, m);
     }
   }
-  std::memcpy(out, total, sizeof(total));
+#pragma GCC unroll 8
+  for (int i = 0; i < M * PAIR; ++i) store(out + i * LANES, total[i / PAIR][i % PAIR]);  // one by one: copied whole they stay in memory
+}
+
+template <class Way, int M = STREAMED_ROWS>
+void stream_rows_in_twos(int m, const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
+  if constexpr (M > 1)
+    if (m < M) return stream_rows_in_twos<Way, M - 1>(m, w, panels, x, out);
+  stream_twos<Way, M>(w, panels, x, out);
 }
 
 // Decodes blocks of two panels to twice the values in 16 bits, pairs of values beside each other: to[k / 2][panel][row][k % 2].
@@ -314,11 +294,9 @@ inline bool multiply_specially(const Mxfp4& w, const Mxfp4::Panel* panels, const
 #ifdef __AVX512F__
   const bool pairs = x.half;
   if (!pairs && !x.words) return false;
-  switch (m) {
-    case 1: return pairs ? stream_pairs<1>(w, panels, x, scratch.out) : stream_words<1>(w, panels, x, scratch.out), true;
-    case 2: return pairs ? stream_pairs<2>(w, panels, x, scratch.out) : stream_words<2>(w, panels, x, scratch.out), true;
-    case 3: return pairs ? stream_pairs<3>(w, panels, x, scratch.out) : stream_words<3>(w, panels, x, scratch.out), true;
-    case 4: return pairs ? stream_pairs<4>(w, panels, x, scratch.out) : stream_words<4>(w, panels, x, scratch.out), true;
+  if (m <= STREAMED_ROWS) {
+    (pairs ? stream_rows_in_twos<InBfloat16> : stream_rows_in_twos<InWords>)(m, w, panels, x, scratch.out);
+    return true;
   }
   std::fill_n(scratch.out, m * WIDTH, 0.f);
   __m512i* decoded = reinterpret_cast<__m512i*>(scratch.wide.values);
