@@ -12,7 +12,7 @@ from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.manifest import CacheGroup, CacheSpec, Limits
 from oxfuse.runtime.units import item_bytes
 
-PREFILL_CHUNK = 768
+PREFILL_CHUNK = 640
 """Most tokens that one sequence adds to a step: enough to fill the experts' tiles, few enough that decodes need not wait long."""
 
 PREFIX_CACHE_BYTES = 1 << 30

@@ -232,7 +232,10 @@ class Scheduler:
             end = 0 if following is None else engine.prefixes.end(following)
             if following in coming and first_wanted(job.sequence, job.rows) >= end:
                 continue  # the next step finds it
-            count = min(job.sequence.pending, engine.chunk, budget)
+            steps = -(
+                -job.sequence.pending // engine.chunk
+            )  # as alike as can be: a short one gains little of reading all weights
+            count = min(-(-job.sequence.pending // steps), budget)
             while count and not engine.secure(job.sequence, count):
                 victim = self.running[-1]
                 if victim is not job or len(self.running) > 1:

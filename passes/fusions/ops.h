@@ -136,24 +136,41 @@ void with_type(const char* name, const Tensor& x, Body&& body) {
   body(bfloat16{});
 }
 
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  int64_t mapped = 0;  // bytes; 0: allocated
+  void operator()(void* memory) const {
+#ifdef __linux__
+    if (mapped) return static_cast<void>(munmap(memory, mapped));
+#endif
+    std::free(memory);
+  }
 };
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
-// Memory for `count` numbers, not set. Large pieces are asked for in large pages: what is allocated anew for every step costs a fault for each
-// page of it, which was a seventh of a long prompt's time with pages of 4 KB.
+// Memory for `count` numbers, not set. Large pieces are mapped in large pages: what is allocated anew for every step costs a fault for each
+// page of it, which was a seventh of a long prompt's time with pages of 4 KB; and among torch's tensors in the heap they would leave holes.
 template <class T>
 Buffer<T> buffer(int64_t count) {
-  constexpr size_t page = 2 << 20;
-  const size_t bytes = std::max<int64_t>(count, 1) * sizeof(T), unit = bytes < 2 * page ? 64 : page;
-  const size_t size = unit == page ? (bytes + page - 1) / page * page : bytes;  // small ones exact: a sanitizer sees what goes past the end
-  void* memory;
-  if (posix_memalign(&memory, unit, size)) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (unit == page) madvise(memory, size, MADV_HUGEPAGE);  // advice: it may be refused
+  const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(T);
+#ifdef __linux__
+  constexpr int64_t page = 2 << 20;
+  if (bytes >= 2 * page) {
+    const int64_t size = round_up(bytes, page);
+    void* mapped = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    char* const first = static_cast<char*>(mapped);
+    const int64_t at = reinterpret_cast<intptr_t>(first), before = round_up(at, page) - at;
+    if (before) munmap(first, before);
+    if (before < page) munmap(first + before + size, page - before);
+    madvise(first + before, size, MADV_HUGEPAGE);  // advice: it may be refused
+    return Buffer<T>(reinterpret_cast<T*>(first + before), Free{size});
+  }
 #endif
+  void* memory;  // as large as asked for: a sanitizer sees what goes past the end
+  if (posix_memalign(&memory, 64, bytes)) throw std::bad_alloc();
   return Buffer<T>(static_cast<T*>(memory));
 }
 

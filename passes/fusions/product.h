@@ -11,8 +11,6 @@ namespace oxfuse {
 constexpr int BATCH = 128;          // rows of activations that share one decoded tile; their accumulators take 48 KB
 constexpr int64_t CHUNK = 512;      // values of a row that are decoded at a time: NR rows of them stay in the first-level cache
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Banks of dense weights, [E, rows, length], a bank being an expert or all; `tile(e, row)` gives NR rows, the last one again past the end.
 template <class T>
 struct DenseRows {

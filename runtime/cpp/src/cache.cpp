@@ -16,7 +16,7 @@
 namespace oxfuse::internal {
 namespace {
 
-constexpr int64_t prefill_tokens = 768;             // enough to fill the experts' tiles, few enough that decodes need not wait long
+constexpr int64_t prefill_tokens = 640;             // enough to fill the experts' tiles, few enough that decodes need not wait long
 constexpr int64_t prefix_bytes = int64_t(1) << 30;  // as runtime/cache_size.py
 constexpr uintptr_t cache_alignment = 16;  // bytes; a program copies a cache that is not, and what it writes is lost
 constexpr int64_t gpu_step_tokens = 2048;  // as runtime/memory_plan.py, as the next four

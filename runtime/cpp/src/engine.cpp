@@ -273,7 +273,8 @@ std::vector<Feed> Engine::plan(const std::vector<TokenSequence*>& sequences) {
     if (fills && coming.count(following) && last >= prefixes_.end(following)) {
       continue;  // the next step finds it
     }
-    int64_t count = std::min({sequence->pending(), chunk, budget});
+    const int64_t pending = sequence->pending(), steps = (pending + chunk - 1) / chunk;  // as alike as can be
+    int64_t count = std::min((pending + steps - 1) / steps, budget);
     while (count && !secure(*sequence, count)) {
       count /= 2;
     }
