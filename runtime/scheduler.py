@@ -232,9 +232,7 @@ class Scheduler:
             end = 0 if following is None else engine.prefixes.end(following)
             if following in coming and first_wanted(job.sequence, job.rows) >= end:
                 continue  # the next step finds it
-            steps = -(
-                -job.sequence.pending // engine.chunk
-            )  # as alike as can be: a short one gains little of reading all weights
+            steps = -(-job.sequence.pending // engine.chunk)  # as alike as can be: a short one would read all weights for little
             count = min(-(-job.sequence.pending // steps), budget)
             while count and not engine.secure(job.sequence, count):
                 victim = self.running[-1]

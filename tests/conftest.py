@@ -6,6 +6,7 @@ The library of C++ ops is the same in all of them, and is built once as well.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +24,13 @@ BY_NAME = {case.name: case for case in [*CASES, *NEOX_CASES]}
 Compiled = tuple[Case, Path, Path]
 
 
-def pytest_configure() -> None:
-    """Let commands take the signals that tests send: background jobs ignore interrupts, what `nohup` runs ignores hangups."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Let commands take the signals that tests send: background jobs ignore interrupts, what `nohup` runs ignores hangups.
+
+    Where workers share the processors, each of them uses one: threads of OpenMP that wait for each other would spin.
+    """
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the workers, which begin later
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: None)  # children begin with the default, the suite itself goes on

@@ -12,7 +12,7 @@ import contextlib
 import os
 import platform
 import statistics
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,9 +104,16 @@ def measure_speed(
         contenders = [contender for contender in contenders if contender.spec.key not in absent]
         _check_memory(found)
     progress("probing the machine", None)
-    peak = matmul_peak(plan.threads)
-    int8_peak = max(peak, matmul_peak(plan.threads, dtypes=(torch.int8,)))
     bandwidths: dict[int, list[float]] = {}
+    peaks, int8_peaks = [matmul_peak(plan.threads)], [matmul_peak(plan.threads, dtypes=(torch.int8,))]
+
+    def probe(phase: str, size: int) -> None:
+        if phase == "decode":
+            bandwidths.setdefault(size, []).append(read_bandwidth(plan.threads, rounds=2))
+        else:
+            peaks.append(matmul_peak(plan.threads))
+            int8_peaks.append(matmul_peak(plan.threads, dtypes=(torch.int8,)))
+
     with contextlib.ExitStack() as stack:
         workers = _start(contenders, plan.threads, stack, absent, progress)
         if not any(contender.spec.kind == "oxfuse" for contender, _ in workers):
@@ -114,10 +121,11 @@ def measure_speed(
         agreements = _agreements(workers, plan, progress)
         figures: list[Figure] = []
         for phase, size in plan.phases:
-            probes = bandwidths.setdefault(size, []) if phase == "decode" else None
-            figures += _phase(phase, size, workers, plan, cost, progress, probes)
+            figures += _phase(phase, size, workers, plan, cost, progress, probe)
         versions = {contender.spec.key: worker.name for contender, worker in workers}
     specs = {spec.key: spec for spec in (*wanted, *(contender.spec for contender in contenders))}
+    int8_peak = max(*peaks, *int8_peaks)
+    peak = max(*peaks, int8_peak / 2)  # an instruction takes half as many numbers of 16 bits as of 8
     for figure in figures:
         if figure.phase == "decode":
             figure.floor = figure.work / statistics.median(bandwidths[figure.size])
@@ -210,9 +218,9 @@ def _phase(
     plan: Plan,
     cost: Cost,
     progress: Progress,
-    bandwidths: list[float] | None,
+    probe: Callable[[str, int], None],
 ) -> list[Figure]:
-    """Take the samples of all engines in one phase, in turns; in each round the bandwidth as well, where a list is to get it."""
+    """Take the samples of all engines in one phase, in turns, and in each round what `probe` does."""
     turns = []
     for contender, worker in workers:
         if not contender.spec.takes(size):
@@ -227,8 +235,7 @@ def _phase(
         worker.ask(do="context" if phase == "decode" else "prefill", tokens=size)  # warms up what others' trials cooled
     load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
     for done in range(plan.rounds):
-        if bandwidths is not None:
-            bandwidths.append(read_bandwidth(plan.threads, rounds=2))
+        probe(phase, size)
         for worker, figure in turns if done % 2 == 0 else turns[::-1]:
             progress(f"{phase} {size}", done / plan.rounds)
             _sample(worker, figure, plan, load)

@@ -77,6 +77,7 @@ class SpeedResult:
 
     Bandwidth was probed in each round of each context's decoding, as if it were an engine: on a machine that others share it
     changes by a quarter within minutes. The median of a context's probes sets its floors, as medians are compared with them.
+    `peak` is what torch's best matmul reaches, or half of `int8_peak`: an instruction takes half as many numbers of 16 bits.
     `engines` are by key, as are their `versions`.
     """
 
@@ -136,8 +137,8 @@ class SpeedResult:
         lines = [
             f"{self.artifact}, {machine['processor']}, {self.threads} threads of {machine['cores']} cores, torch "
             f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes in "
-            f"each round: {bandwidths or 'not probed'}. Matmul peak {self.peak / 1e9:.0f} GFLOP/s, in int8 "
-            f"{self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
+            f"each round: {bandwidths or 'not probed'}. Peak of products: {self.peak / 1e9:.0f} billion "
+            f"operations a second, in int8 {self.int8_peak / 1e9:.0f}, all of this run.",
             "",
             "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -47,7 +47,8 @@ def test_logits_of_one_row(model: CompiledModel, toy: ToyModel, length: int) -> 
 def test_any_chunk_size(open_model: Open, toy: ToyModel, chunk: int) -> None:
     prompt = tokens(50)
     close(open_model(chunk=chunk, reserve=0).logits([prompt])[0], toy.dense(prompt))
-    assert max(max(counts) for counts, _ in toy.steps) == chunk
+    steps = [count for (count,), _ in toy.steps]
+    assert len(steps) == -(-50 // chunk) and max(steps) <= chunk and max(steps) - min(steps) <= 1  # as alike as can be
 
 
 def test_ragged_rows_are_padded_right(model: CompiledModel, toy: ToyModel) -> None:
