@@ -225,7 +225,9 @@ def _attention(shape: Shape, cold: int, op: Callable[..., Tensor], draw: torch.G
 
 
 @click.command()
-@click.option("--threads", default=lambda: processors().threads, help="Of ops and probes; by default all that it may use.")
+@click.option(
+    "--threads", type=int, default=lambda: processors().threads, help="Of ops and probes; by default all that it may use."
+)
 @click.option("--rounds", default=9, show_default=True, help="Turns; the median counts.")
 @click.option("--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Write the table there.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there.")

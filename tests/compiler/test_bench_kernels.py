@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+from click.testing import CliRunner
+
+from oxfuse.compiler.bench import kernels
 from oxfuse.compiler.bench.kernels import Shape, measure_kernels
+from oxfuse.runtime.machine import processors
 
 SMALL = Shape(hidden=64, experts=4, top_k=2, heads=4, kv_heads=2, head_dim=16, vocabulary=100, context=40, prompt=20)
 
@@ -24,3 +29,15 @@ def test_every_op_is_held_against_what_the_machine_can_do() -> None:
     assert attention["bytes"] == 40 * 2 * 2 * 16 * 2 and attention["operations"] == 4 * 4 * 16 * 40
     text = result.to_markdown()
     assert "| attention, 20 keys | 20 |" in text and "of the floor" in text
+
+
+def test_it_takes_the_threads_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Exception):
+        pass
+
+    def measure(shape: Shape, *, threads: int, rounds: int) -> None:
+        raise Told(threads)
+
+    monkeypatch.setattr(kernels, "measure_kernels", measure)
+    for args, expected in (["--threads", "3"], 3), ([], processors().threads):
+        assert CliRunner().invoke(kernels.main, args).exception.args == (expected,)
