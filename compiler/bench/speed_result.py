@@ -137,8 +137,8 @@ class SpeedResult:
         lines = [
             f"{self.artifact}, {machine['processor']}, {self.threads} threads of {machine['cores']} cores, torch "
             f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes in "
-            f"each round: {bandwidths or 'not probed'}. Peak of products: {self.peak / 1e9:.0f} billion "
-            f"operations a second, in int8 {self.int8_peak / 1e9:.0f}, all of this run.",
+            f"each round: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
+            f"in int8 {self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
             "",
             "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|",
