@@ -52,7 +52,7 @@ template <class Number>
 struct Numbers {
   const Number* values = nullptr;
   const float* scales = nullptr;
-  const int32_t* starts = nullptr;  // of 8 bits: what a block's sum begins with, see `factor` below
+  const int32_t* starts = nullptr;  // of 8 bits: what a block's sum begins with, see `factor` in panels.h
   explicit operator bool() const { return values; }
   Numbers at(int64_t place) const { return values ? Numbers{values + place * BLOCK, scales + place, starts + place} : Numbers{}; }
 };
