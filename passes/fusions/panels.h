@@ -7,6 +7,7 @@
 // A format says what its panels are: how many, of how many values (`panels`, `length`), where one is (`Panel at(expert, panel)`), and to stream
 // them, or have them decoded here,
 //   Raw load(panel, block, c, part)        eight values (8 c .. 8 c + 7) of LANES rows, as they are stored
+//   void ask(panel, block, c)              for the memory of those of all rows, and of the block's scales
 //   static Floats value(raw, k)            the k-th of the eight, without its scale
 //   Floats scale(panel, block, part)       the scales of LANES rows
 // and for activations of 8 bits also
@@ -16,6 +17,9 @@
 #include "activations.h"
 #include "product.h"
 
+// Before functions that do nothing but ask the memory for lines: a call of one GCC takes for a call without effect, and leaves it out.
+#define ASK __attribute__((always_inline))
+
 namespace oxfuse {
 
 constexpr int PANEL_ROWS = 16;
@@ -24,6 +28,7 @@ constexpr int PAIR = 2;                     // panels that are decoded and multi
 constexpr int CHUNK_BLOCKS = 9;             // blocks that are decoded at a time: 18 KB in bfloat16, 36 KB in float32
 constexpr int WIDTH = PAIR * PANEL_ROWS;    // results of a row
 constexpr int V = PAIR * PV;                // the same in vectors
+constexpr int BLOCKS_AHEAD = 8;             // blocks: how far ahead of what is multiplied or decoded the memory is asked
 
 inline Bits load_bits(const void* from) {
   Bits out;
@@ -117,14 +122,28 @@ int start_factor() {
   return multiplies_bytes() ? Vnni::factor<F::ZERO>() : Multiplied::factor<F::ZERO>();
 }
 
+// Two panels, and the two that the thread will read then. The memory is asked for the beginning of these while the end of the first ones is
+// multiplied: a processor's own prefetching begins anew with each panel, which left it idle for a tenth of the time.
+template <class F>
+struct Panels {
+  typename F::Panel now[PAIR], then[PAIR];
+  const typename F::Panel& operator[](int64_t panel) const { return now[panel]; }
+  ASK void ask(const F& w, int64_t block, int c) const {
+    const int64_t ahead = block + BLOCKS_AHEAD, left = w.length / BLOCK - ahead;
+#pragma GCC unroll 2
+    for (int p = 0; p < PAIR; ++p) w.ask(left > 0 ? now[p] : then[p], left > 0 ? ahead : -left, c);
+  }
+};
+
 // out[m][panel][row] of two panels for M rows of x, in float32.
 template <int M, class F>
-__attribute__((noinline)) void stream_panels(const F& w, const typename F::Panel* panels, const Activations& x, float* out) {
+__attribute__((noinline)) void stream_panels(const F& w, const Panels<F>& panels, const Activations& x, float* out) {
   Floats total[M][V] = {};
   for (int64_t b = 0; b < w.length / BLOCK; ++b) {
     Floats acc[M][V] = {};
     for (int c = 0; c < 4; ++c) {
       typename F::Raw raw[V];
+      panels.ask(w, b, c);
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) raw[i] = w.load(panels[i / PV], b, c, i % PV);
 #pragma GCC unroll 8
@@ -153,7 +172,7 @@ __attribute__((noinline)) void stream_panels(const F& w, const typename F::Panel
 
 // The same for rows of x in 8 bits.
 template <class Dot, int M, class F>
-__attribute__((noinline)) void stream_bytes(const F& w, const typename F::Panel* panels, const Activations& x, float* out) {
+__attribute__((noinline)) void stream_bytes(const F& w, const Panels<F>& panels, const Activations& x, float* out) {
   Floats total[M][V] = {};
   for (int64_t b = 0; b < w.length / BLOCK; ++b) {
     const Activations at = x.from(0, b);
@@ -163,6 +182,7 @@ __attribute__((noinline)) void stream_bytes(const F& w, const typename F::Panel*
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       typename F::Raw raw[V];
+      panels.ask(w, b, c);
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) raw[i] = w.load(panels[i / PV], b, c, i % PV);
 #pragma GCC unroll 2
@@ -197,11 +217,12 @@ struct DecodedWide {
 
 // Decodes `count` blocks from block `first` on.
 template <class F>
-void decode_wide(const F& w, const typename F::Panel* panels, int64_t first, int64_t count, DecodedWide& to) {
+void decode_wide(const F& w, const Panels<F>& panels, int64_t first, int64_t count, DecodedWide& to) {
   for (int64_t b = 0; b < count; ++b)
     for (int i = 0; i < V; ++i) {
       to.scales[b][i] = w.scale(panels[i / PV], first + b, i % PV);
       for (int c = 0; c < 4; ++c) {
+        w.ask(panels[i / PV], first + b + BLOCKS_AHEAD, c);
         const typename F::Raw raw = w.load(panels[i / PV], first + b, c, i % PV);
 #pragma GCC unroll 8
         for (int k = 0; k < 8; ++k) store(to.values + ((b * BLOCK + 8 * c + k) * V + i) * LANES, F::value(raw, k));
@@ -248,11 +269,12 @@ struct DecodedBytes {
 };
 
 template <class F>
-void decode_bytes(const F& w, const typename F::Panel* panels, int64_t first, int64_t count, DecodedBytes& to) {
+void decode_bytes(const F& w, const Panels<F>& panels, int64_t first, int64_t count, DecodedBytes& to) {
   for (int64_t b = 0; b < count; ++b)
     for (int i = 0; i < V; ++i) {
       to.scales[b][i] = w.scale(panels[i / PV], first + b, i % PV) * F::UNIT;
       for (int c = 0; c < 4; ++c) {
+        w.ask(panels[i / PV], first + b + BLOCKS_AHEAD, c);
         const typename F::Raw raw = w.load(panels[i / PV], first + b, c, i % PV);
         to.values[b][2 * c][i] = F::bytes(raw, 0);
         to.values[b][2 * c + 1][i] = F::bytes(raw, 1);
@@ -310,7 +332,7 @@ struct PanelScratch {
 
 // scratch.out = x . two panels, for m <= TALLEST rows of x in 8 bits.
 template <class Dot, class F>
-void multiply_bytes(const F& w, const typename F::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
+void multiply_bytes(const F& w, const Panels<F>& panels, const Activations& x, int m, PanelScratch& scratch) {
   if (m <= STREAMED_ROWS) {
     if constexpr (STREAMED_ROWS > 2) {
       if (m == 3) return stream_bytes<Dot, 3>(w, panels, x, scratch.out);
@@ -330,7 +352,7 @@ void multiply_bytes(const F& w, const typename F::Panel* panels, const Activatio
 
 // The same for rows in float32.
 template <class F>
-void multiply_wide(const F& w, const typename F::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
+void multiply_wide(const F& w, const Panels<F>& panels, const Activations& x, int m, PanelScratch& scratch) {
   if constexpr (requires { typename F::Raw; }) {
     if constexpr (STREAMED_ROWS > 2) {
       if (m == 3) return stream_panels<3>(w, panels, x, scratch.out);
@@ -351,15 +373,22 @@ void multiply_wide(const F& w, const typename F::Panel* panels, const Activation
 
 // What a format does better on some processors (moe_dispatch/packed.h); most have nothing. Returns whether scratch.out is made.
 template <class F>
-bool multiply_specially(const F&, const typename F::Panel*, const Activations&, int, PanelScratch&) {
+bool multiply_specially(const F&, const Panels<F>&, const Activations&, int, PanelScratch&) {
   return false;
 }
 
-// scratch.out = x . two panels from `panel` on of an expert, for m <= TALLEST rows of x.
+struct PanelPair {
+  int64_t expert, panel;  // the first of two
+};
+
+// scratch.out = x . two panels of an expert, for m <= TALLEST rows of x; `then` are those that the thread will read next, or the same.
 template <class F>
-void multiply_panels(const F& w, int64_t expert, int64_t panel, const Activations& x, int m, PanelScratch& scratch) {
-  typename F::Panel panels[PAIR];
-  for (int p = 0; p < PAIR; ++p) panels[p] = w.at(expert, std::min(panel + p, w.panels - 1));  // the last one twice where their number is odd
+void multiply_panels(const F& w, PanelPair now, PanelPair then, const Activations& x, int m, PanelScratch& scratch) {
+  Panels<F> panels;
+  for (int p = 0; p < PAIR; ++p) {  // the last one twice where their number is odd
+    panels.now[p] = w.at(now.expert, std::min(now.panel + p, w.panels - 1));
+    panels.then[p] = w.at(then.expert, std::min(then.panel + p, w.panels - 1));
+  }
   if constexpr (requires { F::ZERO; })
     if (x.bytes)
       return multiplies_bytes() ? multiply_bytes<Vnni>(w, panels, x, m, scratch) : multiply_bytes<Multiplied>(w, panels, x, m, scratch);
@@ -375,14 +404,17 @@ void for_each_panel_pair(const F& w, const Places& places, const Activations& x,
   const int64_t most = (twos + 11) / 12;  // a dozenth of an expert
   share(items, most, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
     const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
+    const auto first_of = [&](int64_t item) { return PanelPair{places.groups[item / twos].expert, item % twos * 2 * PAIR}; };
     for (Range part = next(); part.begin < part.end; part = next())
       for (int64_t item = part.begin; item < part.end; ++item) {
         const Group& group = places.groups[item / twos];
         const Activations own = x.at(group.first * places.blocks, group.count);
-        const int64_t first = item % twos * 2;
-        for (int64_t pair = first; pair < std::min(pairs, first + 2); ++pair) {
-          multiply_panels(w, group.expert, pair * PAIR, own, static_cast<int>(group.count), *scratch);
-          out(group, pair * PAIR, *scratch);
+        PanelPair now = first_of(item);
+        for (const int64_t end = std::min(w.panels, now.panel + 2 * PAIR); now.panel < end; now.panel += PAIR) {
+          PanelPair then{now.expert, now.panel + PAIR};
+          if (then.panel >= end) then = item + 1 < part.end ? first_of(item + 1) : now;
+          multiply_panels(w, now, then, own, static_cast<int>(group.count), *scratch);
+          out(group, now.panel, *scratch);
         }
       }
   });

@@ -133,6 +133,9 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
         users = [name.removeprefix("void oxfuse::") for name, body in functions if instruction in body]
         assert {re.sub("<.*", "", name) for name in users} == names
         assert instruction != "vpdpbusd" or all("Vnni" in name for name in users)
+    streams = [(name, body) for name, body in functions if re.search("stream_(panels|twos|bytes)<", name)]
+    silent = [name for name, body in streams if "prefetch" not in body]
+    assert streams and not silent, "the memory is not asked ahead: GCC took the calls for ones without effect"
     if wide:
         streams = [(name, body) for name, body in functions if re.search(r"stream_(panels|twos|bytes<oxfuse::Vnni)", name)]
         kept = [name for name, body in streams if re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body)]

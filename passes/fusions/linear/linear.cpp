@@ -55,7 +55,7 @@ struct DensePanels {
   const bfloat16* row(int64_t row) const { return values + std::min(row, rows - 1) * width; }
 };
 
-static void decode_wide(const DensePanels& w, const int64_t* panels, int64_t first, int64_t count, DecodedWide& to) {
+static void decode_wide(const DensePanels& w, const Panels<DensePanels>& panels, int64_t first, int64_t count, DecodedWide& to) {
   for (int64_t b = 0; b < count; ++b)
     for (int p = 0; p < PAIR; ++p) {
       for (int i = 0; i < PV; ++i) to.scales[b][p * PV + i] = splat(1.f);

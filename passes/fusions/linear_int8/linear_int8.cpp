@@ -25,9 +25,13 @@ struct Int8 {
   }
   Raw load(const Panel& panel, int64_t block, int c, int part) const {
     const uint8_t* from = panel.blocks + block * BLOCK * PANEL_ROWS + c * 128 + part * LANES * 4;
-    __builtin_prefetch(from + 4 * BLOCK * PANEL_ROWS);
-    __builtin_prefetch(from + 4 * BLOCK * PANEL_ROWS + 64);
     return {load_bits(from), load_bits(from + 64)};
+  }
+  ASK void ask(const Panel& panel, int64_t block, int c) const {
+    const uint8_t* from = panel.blocks + block * BLOCK * PANEL_ROWS + c * 128;
+    __builtin_prefetch(from);
+    __builtin_prefetch(from + 64);
+    if (c == 0) __builtin_prefetch(panel.scales + block * PANEL_ROWS);
   }
   static Floats value(const Raw& raw, int k) {
     const int place = k % 4 / 2 * 4 + k % 2 * 2 + k / 4;  // 0 4 1 5 2 6 3 7: where value k is

@@ -250,7 +250,11 @@ static void combine_packed(const Routing& routing, const Places& places, const A
       for (const Group& group : places.groups) {
         const Activations own = x.at(group.first * places.blocks, group.count);
         for (int64_t pair = 0; pair < some; ++pair) {
-          multiply_panels(down, group.expert, (first + pair) * PAIR, own, static_cast<int>(group.count), *scratch);
+          const PanelPair now{group.expert, (first + pair) * PAIR};
+          const PanelPair then = pair + 1 < some                   ? PanelPair{now.expert, now.panel + PAIR}
+                                 : &group != &places.groups.back() ? PanelPair{(&group)[1].expert, first * PAIR}
+                                                                   : now;
+          multiply_panels(down, now, then, own, static_cast<int>(group.count), *scratch);
           float added[WIDTH];
           for (int r = 0; r < WIDTH; ++r) added[r] = bias[group.expert * hidden + (first + pair) * WIDTH + r];
           for (int64_t i = 0; i < group.count; ++i) {

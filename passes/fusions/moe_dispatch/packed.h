@@ -25,9 +25,11 @@ struct Mxfp4 {
     return {values + block * BLOCK_BYTES, factors + block * PANEL_ROWS};
   }
   Raw load(const Panel& panel, int64_t block, int c, int part) const {
-    const uint8_t* from = panel.blocks + block * BLOCK_BYTES + c * 64 + part * LANES * 4;
-    __builtin_prefetch(from + 8 * BLOCK_BYTES);
-    return load_bits(from);
+    return load_bits(panel.blocks + block * BLOCK_BYTES + c * 64 + part * LANES * 4);
+  }
+  ASK void ask(const Panel& panel, int64_t block, int c) const {
+    __builtin_prefetch(panel.blocks + block * BLOCK_BYTES + c * 64);
+    if (c == 0) __builtin_prefetch(panel.scales + block * PANEL_ROWS);
   }
   // Value k of eight begins at bit 4 * (k / 2) + 16 * (k % 2) of a lane.
   static Floats value(Raw raw, int k) { return e2m1(raw >> (4 * (k / 2) + 16 * (k % 2))); }
@@ -104,7 +106,7 @@ __m512i pair_at(const T* x) {  // two values of 16 bits, in every lane
 
 // Decodes blocks of two panels to scaled bfloat16, pairs of values beside each other: to[k / 2][panel][row][k % 2]. Returns whether all are
 // exact, which scales at the ends of their range prevent: multiplying bfloat16 takes subnormal values for 0.
-inline bool decode_pairs(const Mxfp4::Panel* panels, int64_t first, int64_t count, __m512i* to) {
+inline bool decode_pairs(const Panels<Mxfp4>& panels, int64_t first, int64_t count, __m512i* to) {
   const __m512i table = e2m1_table(), magnitude = _mm512_set1_epi16(0x7fff);
   bool exact = true;
   for (int p = 0; p < PAIR; ++p)
@@ -191,7 +193,7 @@ struct InWords {
 
 // `stream_panels` in one of these.
 template <class Way, int M>
-__attribute__((noinline)) void stream_twos(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
+__attribute__((noinline)) void stream_twos(const Mxfp4& w, const Panels<Mxfp4>& panels, const Activations& x, float* out) {
   const __m512i table = Way::table();
   Floats total[M][PAIR] = {};
   for (int64_t b = 0; b < w.length / BLOCK; ++b) {
@@ -200,6 +202,7 @@ __attribute__((noinline)) void stream_twos(const Mxfp4& w, const Mxfp4::Panel* p
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       __m512i lanes[PAIR];
+      panels.ask(w, b, c);
 #pragma GCC unroll 2
       for (int p = 0; p < PAIR; ++p) lanes[p] = (__m512i)w.load(panels[p], b, c, 0);
 #pragma GCC unroll 4
@@ -227,19 +230,20 @@ __attribute__((noinline)) void stream_twos(const Mxfp4& w, const Mxfp4::Panel* p
 }
 
 template <class Way, int M = STREAMED_ROWS>
-void stream_rows_in_twos(int m, const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, float* out) {
+void stream_rows_in_twos(int m, const Mxfp4& w, const Panels<Mxfp4>& panels, const Activations& x, float* out) {
   if constexpr (M > 1)
     if (m < M) return stream_rows_in_twos<Way, M - 1>(m, w, panels, x, out);
   stream_twos<Way, M>(w, panels, x, out);
 }
 
 // Decodes blocks of two panels to twice the values in 16 bits, pairs of values beside each other: to[k / 2][panel][row][k % 2].
-inline void decode_words(const Mxfp4& w, const Mxfp4::Panel* panels, int64_t first, int64_t count, __m512i* to, Floats (*factors)[V]) {
+inline void decode_words(const Mxfp4& w, const Panels<Mxfp4>& panels, int64_t first, int64_t count, __m512i* to, Floats (*factors)[V]) {
   const __m512i table = twice_table();
   for (int p = 0; p < PAIR; ++p)
     for (int64_t b = 0; b < count; ++b) {
       factors[b][p] = w.scale(panels[p], first + b, 0) * Mxfp4::UNIT;
       for (int c = 0; c < 4; ++c) {
+        w.ask(panels[p], first + b + BLOCKS_AHEAD, c);
         const __m512i lanes = (__m512i)w.load(panels[p], first + b, c, 0);
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) to[(b * 16 + 4 * c + n) * PAIR + p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4 * n), table);
@@ -290,7 +294,7 @@ inline bool multiplies_words() {
 }
 
 // scratch.out = x . two panels where bfloat16 or 16-bit numbers serve best; returns whether they did.
-inline bool multiply_specially(const Mxfp4& w, const Mxfp4::Panel* panels, const Activations& x, int m, PanelScratch& scratch) {
+inline bool multiply_specially(const Mxfp4& w, const Panels<Mxfp4>& panels, const Activations& x, int m, PanelScratch& scratch) {
 #ifdef __AVX512F__
   const bool pairs = x.half;
   if (!pairs && !x.words) return false;
