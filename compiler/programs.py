@@ -106,7 +106,7 @@ def _build_cpu(
             calls = op_counts(program.graph)
             use_ops(program.graph_module, ops)
     with phases("compile program"):
-        lowered = lower(program, place / "step", plan.level)
+        lowered = lower(program, place / "step", plan.level, ops)
     built = BuiltProgram(name="step", target="cpu", lowered=lowered, limits=plan.step_limits, calls=calls)
     return fused, BuiltPrograms(programs=(built,), ops=ops)
 

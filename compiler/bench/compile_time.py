@@ -51,7 +51,7 @@ def measure_compile(layers: int) -> dict[str, object]:
             load_ops(ops)
             use_ops(program.graph_module, ops)
         with phases("compile program"):
-            lowered = lower(program, Path(scratch) / "step", level)
+            lowered = lower(program, Path(scratch) / "step", level, ops)
         size = sum(path.stat().st_size for path in lowered.folder.iterdir()) + ops.path.stat().st_size
     return {
         "layers": layers,

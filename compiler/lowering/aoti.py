@@ -22,6 +22,14 @@ from oxfuse.passes.fusions.build import OpsBuild
 LIBRARY = "program.so"
 VECTOR_BITS = {"x86-64-v2": 1, "x86-64-v3": 256, "x86-64-v4": 512}
 """Vector width that Inductor may write code for, by level (1: none; it knows no SSE): -march alone does not bound it."""
+C_TYPES = {
+    "Tensor": "AtenTensorHandle",
+    "Optional[Tensor]": "const AtenTensorHandle*",
+    "int": "int64_t",
+    "float": "double",
+    "bool": "int32_t",
+}
+"""What `Direct::call` (ops.h) takes for an argument of a schema."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,36 @@ def options(level: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in known}
 
 
+def direct_calls(ops: OpsBuild) -> dict[torch._ops.OpOverload, list[str]]:
+    """Return for each C++ op the C function that a program calls in its place, as Inductor writes it into the program.
+
+    Inductor's own way to a custom op, through torch's dispatcher, takes some 15 us a call where memory has just been read through
+    the caches: a sixtieth of a token's time in all. The function asks the op's library for the address of `Direct::call`
+    (ops.h) when it is first called. Inductor writes `extern` before it. Ops of other types than that takes are left out.
+    """
+    functions = {op: _direct_call(op) for op in map(_op, ops.names.values())}
+    return {op: [function] for op, function in functions.items() if function is not None}
+
+
+def _direct_call(op: torch._ops.OpOverload) -> str | None:
+    takes = [C_TYPES.get(str(argument.type)) for argument in op._schema.arguments]
+    gives = [str(result.type) for result in op._schema.returns]
+    if None in takes or gives not in (["Tensor"], ["Tensor", "Tensor"]):
+        return None
+    types = ", ".join([*map(str, takes), *("AtenTensorHandle*" for _ in gives)])
+    parameters = ", ".join(f"{kind} a{n}" for n, kind in enumerate(types.split(", ")))
+    values = ", ".join(f"a{n}" for n in range(len(types.split(", "))))
+    name = op._schema.name.partition("::")[2]
+    function = f"AOTITorchError aoti_torch_cpu_{name}({parameters})"
+    return (
+        f"{function}; inline {function} {{ "
+        f"static const auto target = [] {{ StableIValue found[1]; "
+        f'AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("{op._schema.name}_address", "", found)); '
+        f"return reinterpret_cast<AOTITorchError (*)({types})>(found[0]); }}(); "
+        f"return target({values}); }}"
+    )
+
+
 def use_ops(module: fx.GraphModule, ops: OpsBuild) -> int:
     """Let a graph call the C++ ops that implement its ops on the CPU in the dtypes at hand; return how many calls changed."""
     targets = {_op(old): (_op(new), ops.dtypes[old]) for old, new in ops.names.items()}
@@ -78,15 +116,17 @@ def _op(qualified: str) -> torch._ops.OpOverload:
     return overload
 
 
-def lower(program: ExportedProgram, folder: Path, level: str) -> Lowered:
-    """Compile `program` for an x86-64 level into `folder`, which is made. Raises InternalError if Inductor yields other files.
+def lower(program: ExportedProgram, folder: Path, level: str, ops: OpsBuild | None = None) -> Lowered:
+    """Compile `program` for an x86-64 level into `folder`, which is made; `ops` are the loaded ones that it calls.
 
+    Raises InternalError if Inductor yields other files.
     Raises UserError where Inductor finds no C++ compiler; the variable CXX names the one it looks for.
     """
     module = program.module(check_guards=False)
     args, kwargs = program.example_inputs or ((), {})
     try:
-        files = torch._inductor.aot_compile(module, args, kwargs, options=options(level))
+        direct = {} if ops is None else {"aot_inductor.custom_ops_to_c_shims": direct_calls(ops)}
+        files = torch._inductor.aot_compile(module, args, kwargs, options=options(level) | direct)
     except InductorError as error:
         if isinstance(error.inner_exception, InvalidCxxCompiler):  # CXX names one that is not there, for example
             raise UserError(f"{error.inner_exception}. `oxfuse doctor` looks at the compilers of this machine.") from error

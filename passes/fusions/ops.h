@@ -25,15 +25,75 @@
 #include "vector.h"
 
 // Registers `function` as oxfuse::<function>_<tag>. The tag is a hash of the sources: two artifacts in one process may bring ops of
-// different versions, and a second definition of one name would abort it.
-#define OXFUSE_OP(function, schema)                                                       \
-  STABLE_TORCH_LIBRARY_FRAGMENT(oxfuse, m) { m.def(#function "_" OXFUSE_TAG schema); }    \
-  STABLE_TORCH_LIBRARY_IMPL(oxfuse, CPU, m) { m.impl(#function "_" OXFUSE_TAG, TORCH_BOX(&oxfuse::function)); }
+// different versions, and a second definition of one name would abort it. oxfuse::<function>_<tag>_address returns where programs may call
+// it without torch's dispatcher (`Direct`).
+#define OXFUSE_OP(function, schema)                                                                \
+  STABLE_TORCH_LIBRARY_FRAGMENT(oxfuse, m) {                                                       \
+    m.def(#function "_" OXFUSE_TAG schema);                                                        \
+    m.def(#function "_" OXFUSE_TAG "_address() -> int");                                           \
+  }                                                                                                \
+  STABLE_TORCH_LIBRARY_IMPL(oxfuse, CPU, m) {                                                      \
+    m.impl(#function "_" OXFUSE_TAG, TORCH_BOX(&oxfuse::function));                                \
+  }                                                                                                \
+  STABLE_TORCH_LIBRARY_IMPL(oxfuse, CompositeExplicitAutograd, m) {                                \
+    m.impl(#function "_" OXFUSE_TAG "_address", TORCH_BOX(&oxfuse::Direct<&oxfuse::function>::address)); \
+  }
 
 namespace oxfuse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// An op as a C function: tensors are handles that stay the caller's, an optional one is a pointer to a handle or null, a bool is an int32_t, and
+// after the arguments come pointers for the handles of one result or of two, which become the caller's. torch's way to an op of ours makes a
+// box of each argument and of each result, which took a sixtieth of a token's time. What `function` throws, `call` throws.
+template <class T>
+struct Plain {
+  using type = std::conditional_t<std::is_same_v<T, bool>, int32_t, T>;
+  static T taken(type value) { return static_cast<T>(value); }
+};
+template <>
+struct Plain<Tensor> {
+  using type = AtenTensorHandle;
+  static Tensor taken(type handle) {
+    AtenTensorHandle another;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &another));
+    return Tensor(another);
+  }
+};
+template <>
+struct Plain<std::optional<Tensor>> {
+  using type = const AtenTensorHandle*;
+  static std::optional<Tensor> taken(type handle) {
+    if (!handle) return std::nullopt;
+    return Plain<Tensor>::taken(*handle);
+  }
+};
+
+inline void give(const Tensor& result, AtenTensorHandle* to) { TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), to)); }
+
+template <auto function>
+struct Direct {  // with other results there is no such way, and programs take torch's
+  static int64_t address() { return 0; }
+};
+template <class... Args, Tensor (*function)(Args...)>
+struct Direct<function> {
+  static AOTITorchError call(typename Plain<std::decay_t<Args>>::type... args, AtenTensorHandle* result) {
+    give(function(Plain<std::decay_t<Args>>::taken(args)...), result);
+    return AOTI_TORCH_SUCCESS;
+  }
+  static int64_t address() { return reinterpret_cast<int64_t>(&call); }
+};
+template <class... Args, std::tuple<Tensor, Tensor> (*function)(Args...)>
+struct Direct<function> {
+  static AOTITorchError call(typename Plain<std::decay_t<Args>>::type... args, AtenTensorHandle* first, AtenTensorHandle* second) {
+    const auto results = function(Plain<std::decay_t<Args>>::taken(args)...);
+    give(std::get<0>(results), first);
+    give(std::get<1>(results), second);
+    return AOTI_TORCH_SUCCESS;
+  }
+  static int64_t address() { return reinterpret_cast<int64_t>(&call); }
+};
 
 #ifdef OXFUSE_OWN_THREADS
 // Threads that ThreadSanitizer follows, as it does not follow torch's pool; and as many of them as torch would at most take, however little

@@ -36,6 +36,15 @@ def test_verify_agrees_with_the_report(compiled, name):
     assert (counts["sink_attention"], counts["rotary_embedding"], counts["moe_dispatch"], counts["rms_norm"]) == (3, 3, 3, 7)
 
 
+def test_programs_call_the_ops_without_the_dispatcher(compiled):
+    _, _, artifact = compiled("mxfp4")
+    program = artifact / "programs/cpu/step/program.so"
+    tag = json.loads((artifact / "manifest.json").read_text())["ops_library"]["probe"].rpartition("_")[2]
+    for op in ("sink_attention", "rotary_embedding", "moe_dispatch"):
+        assert f"oxfuse::{op}_{tag}_address".encode() in program.read_bytes()
+    assert not program.with_suffix(".json").exists(), "calls that go through torch's boxes, a sixtieth of a token's time"
+
+
 def test_any_number_of_threads_gives_the_same_tokens(compiled):
     case, _, artifact = compiled("base")
     prompt = random_ids(case, 130).tolist()

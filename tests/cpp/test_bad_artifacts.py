@@ -146,7 +146,6 @@ DAMAGES: dict[str, Callable[[Copy], object]] = {
     "weights are a pipe": lambda c: ((c.folder / WEIGHTS).unlink(), os.mkfifo(c.folder / WEIGHTS)),
     "no program file": lambda c: (c.folder / PROGRAM).unlink(),
     "no ops library": lambda c: (c.folder / OPS).unlink(),
-    "no program.json": lambda c: (c.folder / "programs/cpu/step/program.json").unlink(),
     "program changed": lambda c: c.write(PROGRAM, c.read(PROGRAM) + b"x"),
     "garbage program": lambda c: c.replace(PROGRAM, b"garbage" * 1000),
     "empty program": lambda c: c.replace(PROGRAM, b""),
