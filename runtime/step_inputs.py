@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,21 +24,25 @@ ALIGNMENT = 8
 
 def flat_inputs(feeds: Sequence[Feed], rows: Sequence[int], block_size: int) -> list[Ints]:
     """Return the inputs of a step that runs secured feeds; `rows` are indices into its tokens. Tables are as wide as needed."""
-    groups = len(feeds[0].sequence.tables)
-    starts = np.cumsum([0, *(feed.count for feed in feeds)], dtype=np.int64)
-    total = int(starts[-1])
-    tokens, positions = np.empty(total, np.int64), np.empty(total, np.int64)
-    kv_lens = np.array([feed.sequence.cached + feed.count for feed in feeds], np.int64)
-    slots = np.empty((groups, total), np.int64)
-    tables = np.zeros((groups, len(feeds), blocks_for(int(kv_lens.max()), block_size)), np.int64)
-    for n, (feed, kv_len) in enumerate(zip(feeds, kv_lens, strict=True)):
-        sequence, part, known = feed.sequence, slice(starts[n], starts[n + 1]), slice(feed.sequence.cached, int(kv_len))
-        tokens[part], positions[part] = sequence.tokens[known], sequence.positions[known]
+    groups, size = len(feeds[0].sequence.tables), block_size
+    starts = [*accumulate((feed.count for feed in feeds), initial=0)]
+    ends = [feed.sequence.cached + feed.count for feed in feeds]
+    tokens, positions = np.empty(starts[-1], np.int64), np.empty(starts[-1], np.int64)
+    slots = np.empty((groups, starts[-1]), np.int64)
+    tables = np.empty((groups, len(feeds), blocks_for(max(ends), size)), np.int64)
+    for n, (feed, start, end) in enumerate(zip(feeds, starts, ends, strict=False)):
+        sequence, first = feed.sequence, feed.sequence.cached
         copy_tables(sequence, tables[:, n])
-        index = np.arange(known.start, known.stop)
-        for g in range(groups):
-            slots[g, part] = tables[g, n, index // block_size] * block_size + index % block_size
-    return [tokens, positions, starts, kv_lens, slots, tables, np.array(rows, np.int64)]
+        if feed.count == 1:  # plain numbers: whoever decodes waits for each call of numpy
+            tokens[start], positions[start] = sequence.tokens[first], sequence.positions[first]
+            for g, table in enumerate(sequence.tables):
+                slots[g, start] = table[first // size] * size + first % size
+        else:
+            part = slice(start, start + feed.count)
+            tokens[part], positions[part] = sequence.tokens[first:end], sequence.positions[first:end]
+            index = np.arange(first, end)
+            slots[:, part] = tables[:, n, index // size] * size + index % size
+    return [tokens, positions, np.array(starts, np.int64), np.array(ends, np.int64), slots, tables, np.array(rows, np.int64)]
 
 
 def copy_tables(sequence: TokenSequence, into: Ints) -> None:
