@@ -84,9 +84,9 @@ def _speed(result: SpeedResult) -> Iterator[Bar]:
     for phase, near, far, wanted in KEPT:
         for engine, spec in result.engines.items():
             if spec.kind == "oxfuse":
-                first, last = result.figure(engine, phase, near), result.figure(engine, phase, far)
-                text = f"{phase} {far}: {spec.title}, of its speed at {near}"
-                yield Bar(text=text, wanted=wanted, found=first.seconds / last.seconds if first and last else None, unit="%")
+                last = result.figure(engine, phase, far)
+                text = f"{phase} {far}: {spec.title}, of its speed at {near} in the same turns"
+                yield Bar(text=text, wanted=wanted, found=last.of_near if last and last.near_size == near else None, unit="%")
 
 
 def _memory(result: SpeedResult) -> Iterator[Bar]:

@@ -79,7 +79,7 @@ PEERS_ONLY = ("llama", "build", "only", "skip", "reuse", "footprint")
     section="Run",
     help="Tokens before decoding, 1000; with peers 128, 4096.",
 )
-@option("--tokens", default=16, show_default=True, metavar="N", section="Run", help="Tokens decoded a turn.")
+@option("--tokens", type=int, metavar="N", section="Run", help="Tokens decoded a turn, 64; with --grid 16.")
 @option("--rounds", default=7, show_default=True, metavar="N", section="Run", help="Turns; the median counts.")
 @option("--llama", type=FILE, metavar="PYTHON", section="Peers", help="An interpreter that has llama-cpp-python.")
 @option("--build-llama", "build", is_flag=True, section="Peers", help="Build it first where there is none, in about 10 minutes.")
@@ -158,7 +158,7 @@ def bench(
         options = {name: value for name, value in cells.items() if value} | {"parts": parts, "budget": budget, "threads": threads}
         options |= {"peers": ("eager",) * eager + ("sdpa",)}
         options |= {"cell_seconds": cell_seconds} if cell_seconds is not None else {}
-        options |= {name: plan[name] for name in ("tokens", "rounds", "wait")}
+        options |= {name: plan[name] for name in ("tokens", "rounds", "wait") if plan[name] is not None}
         found = _measure_grid(flavour_name, layers, work, options)
         from oxfuse.compiler.bench.chart import draw_grid
 
@@ -172,7 +172,7 @@ def bench(
     from oxfuse.runtime.machine import processors
     from oxfuse.runtime.progress import PhaseLine
 
-    given = {name: value for name, value in plan.items() if value != ()}
+    given = {name: value for name, value in plan.items() if value not in ((), None)}
     sizes = PEER_SIZES if peers else {}
     chosen = speed.Plan(threads=processors().threads if threads is None else threads, **{**sizes, **given})
     if folder is not None:

@@ -1,7 +1,7 @@
 """An engine of the benchmark for llama.cpp's own environment: `PYTHON llama_worker.py llama FILE THREADS LONGEST`.
 
-FILE is a GGUF file, LONGEST the tokens of the longest sequence. It talks as `worker.py` does and imports nothing of oxfuse,
-which an environment with llama-cpp-python need not have.
+FILE is a GGUF file, LONGEST the tokens of the longest sequence. It talks as `worker.py` does, but keeps only the sequence that it
+began last, and imports nothing of oxfuse, which an environment with llama-cpp-python need not have.
 """
 
 from __future__ import annotations

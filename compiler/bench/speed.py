@@ -9,6 +9,7 @@ which other processes used the machine is discarded and counted, and the run say
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import statistics
@@ -41,12 +42,13 @@ AGREEMENT_PROMPTS = (1, 7, 40, 100, 128, 129, 300, 512)
 class Plan:
     """What is measured: prefills of `prompts` tokens, and `tokens` decoded after each of `contexts`, in `rounds` turns.
 
+    The first tokens after another engine's turn are slower than the later ones, so turns are not short.
     `wait`: seconds in all that the run may wait for a quiet machine.
     """
 
     prompts: tuple[int, ...] = (512,)
     contexts: tuple[int, ...] = (1000,)
-    tokens: int = 16
+    tokens: int = 64
     rounds: int = 7
     threads: int
     wait: float = 60.0
@@ -71,11 +73,13 @@ class Plan:
 
 
 def fitted(plan: Plan, max_context: int, keep: Container[str]) -> Plan:
-    """Return the plan with shorter prompts and contexts where sequences end at `max_context`, but for the fields in `keep`."""
+    """Return the plan with less of what is not in `keep`, where sequences end at `max_context`."""
     prompts = plan.prompts if "prompts" in keep else tuple(dict.fromkeys(min(n, max_context) for n in plan.prompts))
-    room = max(1, max_context - ATTEMPTS * plan.rounds * plan.tokens)
+    turns = ATTEMPTS * plan.rounds
+    tokens = plan.tokens if "tokens" in keep else min(plan.tokens, max(1, max_context // 2 // turns))
+    room = max(1, max_context - turns * tokens)
     contexts = plan.contexts if "contexts" in keep else tuple(dict.fromkeys(min(n, room) for n in plan.contexts))
-    return replace(plan, prompts=prompts, contexts=contexts)
+    return replace(plan, prompts=prompts, contexts=contexts, tokens=tokens)
 
 
 def measure_speed(
@@ -128,7 +132,7 @@ def measure_speed(
     peak = max(*peaks, int8_peak / 2)  # an instruction takes half as many numbers of 16 bits as of 8
     for figure in figures:
         if figure.phase == "decode":
-            figure.floor = figure.work / statistics.median(bandwidths[figure.size])
+            figure.floor = figure.work / statistics.median(figure.bandwidths or bandwidths[figure.size])
         else:
             figure.floor = figure.work / (int8_peak if specs[figure.engine].int8 else peak)
     return SpeedResult(
@@ -220,39 +224,47 @@ def _phase(
     progress: Progress,
     probe: Callable[[str, int], None],
 ) -> list[Figure]:
-    """Take the samples of all engines in one phase, in turns, and in each round what `probe` does."""
-    turns = []
+    """Take the samples of all engines in one phase, in turns, and in each round what `probe` does.
+
+    An artifact is also measured at the phase's first size in the same turn: the machine's speed changes from phase to phase.
+    """
+    turns, first = [], next(n for name, n in plan.phases if name == phase)
     for contender, worker in workers:
         if not contender.spec.takes(size):
             continue
         progress(f"{phase} {size}: trying {contender.spec.title}", None)
         work = contender.decode_bytes(size) if phase == "decode" else cost.prefill_operations(size) / size
         best = best_implementation(worker, phase, size)
-        turns.append((worker, Figure(engine=contender.spec.key, phase=phase, size=size, implementation=best, work=work)))
-    for worker, figure in turns:
+        near = first if contender.spec.kind == "oxfuse" and size != first else 0
+        figure = Figure(engine=contender.spec.key, phase=phase, size=size, near_size=near, implementation=best, work=work)
+        turns.append((worker, figure, contender))
+    for worker, figure, _ in turns:
         if figure.implementation:
             worker.ask(do="choose", implementation=figure.implementation)
-        worker.ask(do="context" if phase == "decode" else "prefill", tokens=size)  # warms up what others' trials cooled
-    load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
+        for n in {figure.near_size, size} - {0}:
+            worker.ask(do="context" if phase == "decode" else "prefill", tokens=n)  # warms up what others' trials cooled
+    load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _, _ in turns)))
     for done in range(plan.rounds):
         probe(phase, size)
-        for worker, figure in turns if done % 2 == 0 else turns[::-1]:
+        for worker, figure, contender in turns if done % 2 == 0 else turns[::-1]:
             progress(f"{phase} {size}", done / plan.rounds)
-            _sample(worker, figure, plan, load)
-    return [figure for _, figure in turns]
+            if phase == "decode" and contender.read:
+                figure.bandwidths.append(read_bandwidth(plan.threads, rounds=2, files=contender.read))
+            into = [(figure.samples, size)]
+            if figure.near_size:
+                into.append((figure.near, figure.near_size))
+            for samples, n in into if done % 2 == 0 else into[::-1]:
+                value, disturbed = take_quietly(functools.partial(_sample, worker, phase, n, plan.tokens), load)
+                samples.append(value)
+                figure.discarded += disturbed
+    return [figure for _, figure, _ in turns]
 
 
-def _sample(worker: Worker, figure: Figure, plan: Plan, load: ForeignLoad) -> None:
-    """Take one sample."""
-
-    def take() -> float:
-        if figure.phase == "prefill":
-            return float(worker.ask(do="prefill", tokens=figure.size)["seconds"]) / figure.size
-        return float(statistics.median(worker.ask(do="decode", tokens=plan.tokens)["seconds"]))
-
-    value, disturbed = take_quietly(take, load)
-    figure.samples.append(value)
-    figure.discarded += disturbed
+def _sample(worker: Worker, phase: str, size: int, tokens: int) -> float:
+    """Return seconds a token: of a prefill, or the median of `tokens` decoded in the sequence that began with `size`."""
+    if phase == "prefill":
+        return float(worker.ask(do="prefill", tokens=size)["seconds"]) / size
+    return float(statistics.median(worker.ask(do="decode", tokens=tokens, context=size)["seconds"]))
 
 
 def machine_facts() -> dict[str, Any]:

@@ -4,8 +4,8 @@ Requests are lines of JSON on standard input, answers lines of JSON on standard 
 since two in one share a thread pool and an allocator, and disturb each other even when idle.
 
     {"do": "prefill", "tokens": n}            -> {"seconds", "logits"}   n seeded tokens, logits of the last
-    {"do": "context", "tokens": n}            -> {}                      begin a sequence of n tokens
-    {"do": "decode", "tokens": n}             -> {"seconds": [n]}        continue it, one token at a time
+    {"do": "context", "tokens": n}            -> {}                      begin a sequence of n tokens and keep it
+    {"do": "decode", "tokens": n}             -> {"seconds": [n]}        continue it, or with "context": m that of m tokens
     {"do": "choose", "implementation": name}  -> {}                      of those in {"implementations"} of the first answer
     {"do": "loaded"}                          -> {"seconds"}             that loading took, imports left out
 
@@ -39,7 +39,13 @@ class Engine(Protocol):
         """Use another of its implementations from now on."""
 
     def prefill(self, ids: list[int]) -> torch.Tensor:
-        """Begin a new sequence with `ids`."""
+        """Begin a new sequence with `ids`, which `decode` continues."""
+
+    def keep(self, length: int) -> None:
+        """Keep the sequence that has just begun with `length` tokens, in place of an earlier one of as many."""
+
+    def resume(self, length: int) -> None:
+        """Let `decode` continue the kept sequence that began with `length` tokens."""
 
     def decode(self, token: int) -> torch.Tensor:
         """Continue the sequence."""
@@ -51,22 +57,32 @@ class Oxfuse:
     def __init__(self, folder: Path, threads: int) -> None:
         import oxfuse
         from oxfuse.runtime.artifact import load  # the public names are lazy: what importing costs is not what loading costs
+        from oxfuse.runtime.session import Session
 
         self.implementations: tuple[str, ...] = ()
         self.name = f"oxfuse {oxfuse.__version__}"
         began = time.perf_counter()
         self._model = load(folder, threads=threads, prefix_cache_bytes=0)  # a prompt that comes again runs again
         self.load_seconds = time.perf_counter() - began
-        self._session = self._model.session()
+        self._session, self._kept = self._model.session(), dict[int, Session]()
         self.vocab_size = self._model.vocab_size
 
     def choose(self, implementation: str) -> None:
         raise ValueError(f"oxfuse has no implementation {implementation}")
 
     def prefill(self, ids: list[int]) -> torch.Tensor:
-        self._session.close()
+        if self._session not in self._kept.values():
+            self._session.close()
         self._session = self._model.session()
         return self._session.prefill(ids)
+
+    def keep(self, length: int) -> None:
+        if length in self._kept:
+            self._kept[length].close()
+        self._kept[length] = self._session
+
+    def resume(self, length: int) -> None:
+        self._session = self._kept[length]
 
     def decode(self, token: int) -> torch.Tensor:
         return self._session.decode(token)
@@ -90,6 +106,7 @@ class Transformers:
         self.vocab_size = config.vocab_size
         self._config = config
         self._cache: Any = None
+        self._kept = dict[int, Any]()
 
     def choose(self, implementation: str) -> None:
         self._model.set_experts_implementation(implementation)
@@ -102,6 +119,12 @@ class Transformers:
             if copied > 4 << 30:
                 raise ValueError(f"batched_mm would copy {copied >> 30} GiB of weights")
         return self._run(ids, None)
+
+    def keep(self, length: int) -> None:
+        self._kept[length] = self._cache
+
+    def resume(self, length: int) -> None:
+        self._cache = self._kept[length]
 
     def decode(self, token: int) -> torch.Tensor:
         return self._run([token], self._cache)
@@ -157,6 +180,8 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": engine.load_seconds}
     ids = tokens_for(request["tokens"], engine.vocab_size)
     if request["do"] == "decode":
+        if "context" in request:
+            engine.resume(request["context"])
         seconds = []
         for token in ids:
             began = time.perf_counter()
@@ -165,7 +190,11 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         return {"seconds": seconds}
     began = time.perf_counter()
     logits = engine.prefill(ids)
-    return {"seconds": time.perf_counter() - began, "logits": logits.tolist()} if request["do"] == "prefill" else {}
+    seconds_taken = time.perf_counter() - began
+    if request["do"] == "context":
+        engine.keep(request["tokens"])
+        return {}
+    return {"seconds": seconds_taken, "logits": logits.tolist()}
 
 
 class Named(Protocol):
