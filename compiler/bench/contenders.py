@@ -25,8 +25,7 @@ from oxfuse.runtime.manifest import Manifest, read_manifest
 class Contender:
     """An engine that is ready: what its worker is given, and what one of its tokens must read.
 
-    `decode_bytes` takes the tokens before. `weights`: bytes of the file that it maps them from, None where it maps none. `read`:
-    files whose weights it reads as they lie there; llama.cpp makes copies in an order of its own.
+    `decode_bytes` takes the tokens before. `weights`: bytes of the file that it maps them from, None where it maps none.
     `arguments` of its worker come after the threads; `program` is the command of a worker in another interpreter. `required`:
     whether a run without it makes no sense.
     """
@@ -35,7 +34,6 @@ class Contender:
     path: Path
     decode_bytes: Callable[[int], float]
     weights: int | None = None
-    read: tuple[Path, ...] = ()
     arguments: tuple[str, ...] = ()
     program: tuple[str, ...] | None = None
     required: bool = False
@@ -81,14 +79,8 @@ def compile_variants(
 def of_artifact(spec: EngineSpec, artifact: Path, *, required: bool = False) -> Contender:
     """Return the contender of an artifact."""
     manifest = read_manifest(artifact)
-    return Contender(
-        spec=spec,
-        path=artifact,
-        decode_bytes=cost_of(manifest).decode_bytes,
-        weights=sum(file.bytes for file in manifest.weights),
-        read=tuple(artifact / file.path for file in manifest.weights),
-        required=required,
-    )
+    cost, weights = cost_of(manifest), sum(file.bytes for file in manifest.weights)
+    return Contender(spec=spec, path=artifact, decode_bytes=cost.decode_bytes, weights=weights, required=required)
 
 
 def of_transformers(spec: EngineSpec, checkpoint: Path, cost: Cost) -> Contender:

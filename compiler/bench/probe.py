@@ -20,30 +20,15 @@ TICK = os.sysconf("SC_CLK_TCK")
 PROBE_BYTES = 512 << 20  # larger than any cache by far
 
 
-def read_bandwidth(threads: int, rounds: int = 5, files: Sequence[Path] = ()) -> float:
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
     """Return the bytes a second that `threads` read from memory: the best of three probes and `rounds`.
 
     A sum alone understates it: kernels that stream rows of weights were seen above it. Restores torch's threads.
-
-    With `files`, from the memory that holds these in the page cache, where a process that maps them reads them: the same file was
-    seen to be read at 23 and at 28 GB/s within minutes, as it lay here or there in a virtual machine's memory. Files that
-    caches might hold are not asked, but memory of the probe's own.
     """
-    pieces = [piece for file in files for piece in _mapped(file)] or [torch.ones(PROBE_BYTES // 4)]
-    return sum(piece.nbytes for piece in pieces) / sum(_fastest(_readers(piece), threads, rounds) for piece in pieces)
-
-
-def _mapped(file: Path) -> list[torch.Tensor]:
-    """Return the whole pieces of PROBE_BYTES that the file has, mapped."""
-    count = file.stat().st_size // PROBE_BYTES
-    if not count:
-        return []
-    return list(torch.from_file(str(file), size=count * PROBE_BYTES // 4, dtype=torch.float32).split(PROBE_BYTES // 4))
-
-
-def _readers(data: torch.Tensor) -> tuple[Callable[[], object], ...]:
+    data = torch.ones(PROBE_BYTES // 4)
     rows, vector = data.view(-1, 4096), torch.ones(4096)
-    return data.sum, data.amax, lambda: rows @ vector
+    probes: tuple[Callable[[], object], ...] = (data.sum, data.amax, lambda: rows @ vector)
+    return PROBE_BYTES / _fastest(probes, threads, rounds)
 
 
 def matmul_peak(

@@ -132,7 +132,7 @@ def measure_speed(
     peak = max(*peaks, int8_peak / 2)  # an instruction takes half as many numbers of 16 bits as of 8
     for figure in figures:
         if figure.phase == "decode":
-            figure.floor = figure.work / statistics.median(figure.bandwidths or bandwidths[figure.size])
+            figure.floor = figure.work / statistics.median(bandwidths[figure.size])
         else:
             figure.floor = figure.work / (int8_peak if specs[figure.engine].int8 else peak)
     return SpeedResult(
@@ -237,19 +237,17 @@ def _phase(
         best = best_implementation(worker, phase, size)
         near = first if contender.spec.kind == "oxfuse" and size != first else 0
         figure = Figure(engine=contender.spec.key, phase=phase, size=size, near_size=near, implementation=best, work=work)
-        turns.append((worker, figure, contender))
-    for worker, figure, _ in turns:
+        turns.append((worker, figure))
+    for worker, figure in turns:
         if figure.implementation:
             worker.ask(do="choose", implementation=figure.implementation)
         for n in {figure.near_size, size} - {0}:
             worker.ask(do="context" if phase == "decode" else "prefill", tokens=n)  # warms up what others' trials cooled
-    load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _, _ in turns)))
+    load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
     for done in range(plan.rounds):
         probe(phase, size)
-        for worker, figure, contender in turns if done % 2 == 0 else turns[::-1]:
+        for worker, figure in turns if done % 2 == 0 else turns[::-1]:
             progress(f"{phase} {size}", done / plan.rounds)
-            if phase == "decode" and contender.read:
-                figure.bandwidths.append(read_bandwidth(plan.threads, rounds=2, files=contender.read))
             into = [(figure.samples, size)]
             if figure.near_size:
                 into.append((figure.near, figure.near_size))
@@ -257,7 +255,7 @@ def _phase(
                 value, disturbed = take_quietly(functools.partial(_sample, worker, phase, n, plan.tokens), load)
                 samples.append(value)
                 figure.discarded += disturbed
-    return [figure for _, figure, _ in turns]
+    return [figure for _, figure in turns]
 
 
 def _sample(worker: Worker, phase: str, size: int, tokens: int) -> float:

@@ -22,9 +22,8 @@ from oxfuse.runtime.units import size_text
 class Figure:
     """One engine in one phase: samples in seconds a token (decode: the median of a turn's), floor in the same unit.
 
-    `work` is what the floor comes from: bytes that a decoded token reads, operations of a token of a prefill. `bandwidths`, in
-    bytes a second, one before each turn: of the memory that holds the mapped weights. `near`: samples at `near_size`, the phase's
-    first, that were taken in the same turns; 0: none were.
+    `work` is what the floor comes from: bytes that a decoded token reads, operations of a token of a prefill. `near`: samples
+    at `near_size`, the phase's first, that were taken in the same turns; 0: none were.
     """
 
     engine: str
@@ -36,7 +35,6 @@ class Figure:
     samples: list[float] = field(default_factory=list)
     near_size: int = 0
     near: list[float] = field(default_factory=list)
-    bandwidths: list[float] = field(default_factory=list)
     discarded: int = 0
 
     @property
@@ -86,8 +84,7 @@ class SpeedResult:
     """A run. `bandwidths` in bytes a second, `peak` and `int8_peak` in operations a second, all measured in this run.
 
     Bandwidth was probed in each round of each context's decoding, as if it were an engine: on a machine that others share it
-    changes by a quarter within minutes. The median of a context's probes sets its floors, as medians are compared with them; for
-    an engine that reads a mapped file, that of its figure's probes of this very memory.
+    changes by a quarter within minutes. The median of a context's probes sets its floors, as medians are compared with them.
     `peak` is what torch's best matmul reaches, or half of `int8_peak`: an instruction takes half as many numbers of 16 bits.
     `engines` are by key, as are their `versions`.
     """
@@ -165,7 +162,6 @@ class SpeedResult:
             "",
             "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth (decode); operations over "
             "the peak of the arithmetic that it may use (prefill).",
-            *self._mapped_lines(),
             "",
             *self._bar_lines(),
             *self._memory_lines(),
@@ -182,19 +178,6 @@ class SpeedResult:
     def discarded(self) -> int:
         """Return how many samples others disturbed."""
         return sum(f.discarded for f in self.figures) + sum(f.discarded for f in self.footprints)
-
-    def _mapped_lines(self) -> Iterator[str]:
-        found = [
-            f"{self.engines[f.engine].title} at {f.size} {statistics.median(f.bandwidths) / 1e9:.1f} "
-            f"({min(f.bandwidths) / 1e9:.1f} to {max(f.bandwidths) / 1e9:.1f})"
-            for f in self.figures
-            if f.bandwidths
-        ]
-        if found:
-            yield (
-                "An artifact's bandwidth is that of the memory that holds its mapped weights, probed before each of its turns: "
-                f"GB/s for {'; '.join(found)}. The other engines', and what is told above, is that of memory of the probe's own."
-            )
 
     def _bar_lines(self) -> Iterator[str]:
         if found := bars(self):
