@@ -119,9 +119,10 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
     counts = {(int(m), int(v)): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, v, body in strips}
     assert counts == {(m, v): m * v for m in range(1, 7) for v in range(1, 1 + (4 if ops.isa == "x86-64-v4" else 2))}
     assert not any(re.search(rf"%{register}\d+,.*\(%r[sb]p\)", body) for *_, body in strips), "accumulators left the registers"
-    streams = re.findall(r"^\w+ <void oxfuse::stream_rows<(\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
-    counts = {int(m): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, body in streams}
-    assert counts == {m: 4 * m for m in range(1, rows + 1)}  # two rows, in each even places and odd ones
+    streams = re.findall(r"^\w+ <void oxfuse::stream_rows<(\d), (\d)>\(.*?>:\n(.*?)\n\n", text, re.M | re.S)
+    counts = {(int(m), int(r)): len(re.findall(rf"vfmadd\w+ +.*%{register}", body)) for m, r, body in streams}
+    pairs = {(m, 4 if m == 1 else 2) for m in range(1, rows + 1)}
+    assert counts == {(m, r): 2 * m * r for m, r in pairs}  # in each row even places and odd ones
     functions = re.findall(r"^\w+ <(.*?)>:\n(.*?)\n\n", text, re.M | re.S)
     # They are called where the processor has the instruction.
     asking = {
@@ -133,7 +134,7 @@ def test_inner_loops_are_vectors_of_the_level(ops: OpsBuild) -> None:
         users = [name.removeprefix("void oxfuse::") for name, body in functions if instruction in body]
         assert {re.sub("<.*", "", name) for name in users} == names
         assert instruction != "vpdpbusd" or all("Vnni" in name for name in users)
-    streams = [(name, body) for name, body in functions if re.search("stream_(panels|twos|bytes)<", name)]
+    streams = [(name, body) for name, body in functions if re.search("stream_(panels|twos|bytes|rows)<", name)]
     silent = [name for name, body in streams if "prefetch" not in body]
     assert streams and not silent, "the memory is not asked ahead: GCC took the calls for ones without effect"
     if wide:

@@ -89,10 +89,13 @@ static void decode_wide(const DensePanels& w, const Panels<DensePanels>& panels,
     }
 }
 
-constexpr int STREAMS = 2;            // rows that are read at once: the memory serves two streams better than one
 constexpr int STEP = 2 * LANES;       // values of a row that are taken at once
-constexpr int64_t AHEAD = 4 * 1024;   // values: how far ahead of what is multiplied the memory is asked at least
+constexpr int64_t AHEAD = 2 * 1024;   // values: how far ahead of what is multiplied the memory is asked
 constexpr int64_t PART = 512 * 1024;  // values of weights that a thread takes at a time at most
+
+// Rows that are read at once, each from a place of its own on. The memory serves several streams better than one; with more activations their
+// sums would not fit the registers.
+constexpr int streams_of(int tokens) { return tokens == 1 ? 4 : 2; }
 
 // Takes STEP values apart: those with even places, and the others. A shift and a mask do it.
 static void take_apart(const bfloat16* from, Floats& even, Floats& odd) {
@@ -103,19 +106,21 @@ static void take_apart(const bfloat16* from, Floats& even, Floats& odd) {
 }
 
 // out[m][r] = x[m] . row r. Each STEP values of x are taken apart, and zeros fill its rows, `stride` apart, up to whole steps.
-template <int M>
-__attribute__((noinline)) void stream_rows(const bfloat16* const* rows, const float* x, int64_t stride, int64_t length, float (*out)[STREAMS]) {
-  const int64_t ahead = std::max(STREAMS * length, AHEAD);  // rows follow each other
-  Floats even[M][STREAMS] = {}, odd[M][STREAMS] = {};
-  bfloat16 ends[STREAMS][STEP] = {};
+template <int M, int R = streams_of(M)>
+__attribute__((noinline)) void stream_rows(const bfloat16* const* rows, const float* x, int64_t stride, int64_t length, float (*out)[R]) {
+  Floats even[M][R] = {}, odd[M][R] = {};
+  bfloat16 ends[R][STEP];
   for (int64_t k = 0; k < length; k += STEP) {
-    const bfloat16* from[STREAMS];
-    for (int r = 0; r < STREAMS; ++r) from[r] = rows[r] + k;
+    const bfloat16* from[R];
+    for (int r = 0; r < R; ++r) from[r] = rows[r] + k;
     if (k + STEP > length)
-      for (int r = 0; r < STREAMS; ++r) from[r] = static_cast<bfloat16*>(std::memcpy(ends[r], from[r], (length - k) * sizeof(bfloat16)));
-#pragma GCC unroll 2
-    for (int r = 0; r < STREAMS; ++r) {
-      __builtin_prefetch(from[r] + ahead, 0, 2);  // to the second level: the first has too few places for what is under way
+      for (int r = 0; r < R; ++r) {
+        std::fill(std::copy_n(from[r], length - k, ends[r]), ends[r] + STEP, bfloat16{});
+        from[r] = ends[r];
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(rows[r] + k + AHEAD);  // the row's next one follows it
       Floats first, second;
       take_apart(from[r], first, second);
 #pragma GCC unroll 4
@@ -125,18 +130,40 @@ __attribute__((noinline)) void stream_rows(const bfloat16* const* rows, const fl
       }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < STREAMS; ++r) out[m][r] = sum(even[m][r] + odd[m][r]);
+#pragma GCC unroll 8
+  for (int i = 0; i < M * R; ++i) out[i / R][i % R] = sum(even[i / R][i % R] + odd[i / R][i % R]);  // in a loop they stay in memory
+}
+
+// out[t] = x[t] . rows + bias for M rows of x, of which each STEP values are taken apart.
+template <int M>
+static void multiply_rows(const float* x, int64_t stride, const bfloat16* weight, int64_t rows, int64_t length, const std::optional<Values>& bias,
+                          bfloat16* out) {
+  constexpr int R = streams_of(M);
+  share((rows + R - 1) / R, std::max<int64_t>(1, PART / (R * length)), M * rows * length, [&](const auto& next) {
+    for (Range part = next(); part.begin < part.end; part = next()) {
+      const int64_t apart = part.end - part.begin, first = part.begin * R;  // a stream reads so many rows, one after the other
+      for (int64_t row = first; row < first + apart; ++row) {
+        const bfloat16* from[R];
+        for (int r = 0; r < R; ++r) from[r] = weight + std::min(row + r * apart, rows - 1) * length;
+        float results[M][R];
+        stream_rows<M>(from, x, stride, length, results);
+        for (int t = 0; t < M; ++t)
+          for (int r = 0; r < R; ++r)
+            if (const int64_t at = row + r * apart; at < rows) out[t * rows + at] = narrow<bfloat16>(results[t][r] + (bias ? (*bias)[at] : 0.f));
+      }
+    }
+  });
 }
 
 template <int M = MR>
-void stream_rows_of(int64_t tokens, const bfloat16* const* rows, const float* x, int64_t stride, int64_t length, float (*out)[STREAMS]) {
+void multiply_some(int64_t tokens, const float* x, int64_t stride, const bfloat16* weight, int64_t rows, int64_t length,
+                   const std::optional<Values>& bias, bfloat16* out) {
   if constexpr (M > 1)
-    if (tokens < M) return stream_rows_of<M - 1>(tokens, rows, x, stride, length, out);
-  stream_rows<M>(rows, x, stride, length, out);
+    if (tokens < M) return multiply_some<M - 1>(tokens, x, stride, weight, rows, length, bias, out);
+  multiply_rows<M>(x, stride, weight, rows, length, bias, out);
 }
 
-// out[t] = x[t] . rows + bias for at most MR rows of x.
+// The same for at most MR rows of x as they are.
 static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weight, int64_t rows, int64_t length, const std::optional<Values>& bias,
                          bfloat16* out) {
   const int64_t stride = round_up(length, STEP);
@@ -150,18 +177,7 @@ static void multiply_few(const bfloat16* x, int64_t tokens, const bfloat16* weig
       store(&wide[t * stride + k], even);
       store(&wide[t * stride + k + LANES], odd);
     }
-  share((rows + STREAMS - 1) / STREAMS, std::max<int64_t>(1, PART / (STREAMS * length)), tokens * rows * length, [&](const auto& next) {
-    for (Range part = next(); part.begin < part.end; part = next())
-      for (int64_t row = part.begin * STREAMS; row < std::min(part.end * STREAMS, rows); row += STREAMS) {
-        const bfloat16* from[STREAMS];
-        for (int r = 0; r < STREAMS; ++r) from[r] = weight + std::min(row + r, rows - 1) * length;
-        float results[MR][STREAMS];
-        stream_rows_of(tokens, from, wide.get(), stride, length, results);
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int64_t r = 0; r < STREAMS && row + r < rows; ++r)
-            out[t * rows + row + r] = narrow<bfloat16>(results[t][r] + (bias ? (*bias)[row + r] : 0.f));
-      }
-  });
+  multiply_some(tokens, wide.get(), stride, weight, rows, length, bias, out);
 }
 
 static Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -174,11 +190,13 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
   if (bias) check_shape("bias", *bias, {rows});
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = rows;
-  const int64_t tokens = length ? input.numel() / length : 0;
+  OXFUSE_CHECK(length > 0, "weight has rows of no values");
+  const int64_t tokens = input.numel() / length;
   const Tensor in = in_one_piece(input);
   if (tokens > MR && (multiplies_bfloat16() || multiplies_matrices())) return by_torch(in, weight, bias);
 
   const Tensor out = uninitialized(input, shape);
+  if (!tokens) return out;
   std::optional<Values> added;
   if (bias) added.emplace("bias", *bias);
   const bfloat16 *from = data<bfloat16>(in), *rows_from = data<bfloat16>(weight);
