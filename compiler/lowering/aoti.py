@@ -75,16 +75,16 @@ def _direct_call(op: torch._ops.OpOverload) -> str | None:
     gives = [str(result.type) for result in op._schema.returns]
     if None in takes or gives not in (["Tensor"], ["Tensor", "Tensor"]):
         return None
-    types = ", ".join([*map(str, takes), *("AtenTensorHandle*" for _ in gives)])
-    parameters = ", ".join(f"{kind} a{n}" for n, kind in enumerate(types.split(", ")))
-    values = ", ".join(f"a{n}" for n in range(len(types.split(", "))))
+    types = [*takes, *("AtenTensorHandle*" for _ in gives)]
+    parameters = ", ".join(f"{kind} a{n}" for n, kind in enumerate(types))
+    values = ", ".join(f"a{n}" for n in range(len(types)))
     name = op._schema.name.partition("::")[2]
     function = f"AOTITorchError aoti_torch_cpu_{name}({parameters})"
     return (
         f"{function}; inline {function} {{ "
         f"static const auto target = [] {{ StableIValue found[1]; "
         f'AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("{op._schema.name}_address", "", found)); '
-        f"return reinterpret_cast<AOTITorchError (*)({types})>(found[0]); }}(); "
+        f"return reinterpret_cast<AOTITorchError (*)({parameters})>(found[0]); }}(); "
         f"return target({values}); }}"
     )
 
