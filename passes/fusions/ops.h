@@ -20,6 +20,7 @@
 #endif
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "vector.h"
@@ -99,6 +100,7 @@ struct Direct<function> {
 // Threads that ThreadSanitizer follows, as it does not follow torch's pool; and as many of them as torch would at most take, however little
 // there is to do, so that small inputs meet every race.
 constexpr int64_t GRAIN = 1;
+constexpr bool EACH_TAKES = true;  // of what threads share each has the first piece for sure, or the first one awake would take all of a small input
 
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t, const Body& body) {
@@ -110,6 +112,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t, const Body& body) {
 }
 #else
 constexpr int64_t GRAIN = 65536;  // multiplications below which a thread is not worth waking
+constexpr bool EACH_TAKES = false;
 
 using torch::stable::parallel_for;
 #endif
@@ -123,16 +126,19 @@ struct Range {
 template <class Body>
 void share(int64_t items, int64_t most, int64_t work, const Body& body) {
   const int64_t threads = std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()});
-  std::atomic<int64_t> taken{0};
+  std::atomic<int64_t> taken{EACH_TAKES ? threads : 0};
   const auto next = [&]() -> Range {
-    int64_t begin = taken.load(), end;
+    int64_t begin = taken.load(std::memory_order_relaxed), end;
     do {
       if (begin == items) return {items, items};
       end = begin + std::clamp<int64_t>((items - begin) / (2 * threads), 1, most);
-    } while (!taken.compare_exchange_weak(begin, end));
+    } while (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed));
     return {begin, end};
   };
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
+  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    bool first = EACH_TAKES;
+    body([&]() -> Range { return std::exchange(first, false) ? Range{thread, thread + 1} : next(); });
+  });
 }
 
 // Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
