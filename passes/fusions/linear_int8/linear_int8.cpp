@@ -7,6 +7,7 @@ namespace oxfuse {
 struct Int8 {
   static constexpr int ZERO = 128;
   static constexpr float UNIT = 1.f;
+  static constexpr int NEAR = 8, FAR = 0;
   struct Panel {
     const uint8_t* blocks;
     const bfloat16* scales;
@@ -27,11 +28,12 @@ struct Int8 {
     const uint8_t* from = panel.blocks + block * BLOCK * PANEL_ROWS + c * 128 + part * LANES * 4;
     return {load_bits(from), load_bits(from + 64)};
   }
+  template <int CACHE>
   ASK void ask(const Panel& panel, int64_t block, int c) const {
     const uint8_t* from = panel.blocks + block * BLOCK * PANEL_ROWS + c * 128;
-    __builtin_prefetch(from);
-    __builtin_prefetch(from + 64);
-    if (c == 0) __builtin_prefetch(panel.scales + block * PANEL_ROWS);
+    __builtin_prefetch(from, 0, CACHE);
+    __builtin_prefetch(from + 64, 0, CACHE);
+    if (c == 0) __builtin_prefetch(panel.scales + block * PANEL_ROWS, 0, CACHE);
   }
   static Floats value(const Raw& raw, int k) {
     const int place = k % 4 / 2 * 4 + k % 2 * 2 + k / 4;  // 0 4 1 5 2 6 3 7: where value k is

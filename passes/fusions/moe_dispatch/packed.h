@@ -11,6 +11,7 @@ constexpr int BLOCK_BYTES = 256;  // 32 values of 16 rows
 struct Mxfp4 {
   static constexpr int ZERO = 12;       // bytes are twice the values, more by this
   static constexpr float UNIT = 0.5f;
+  static constexpr int NEAR = 6, FAR = 24;
   struct Panel {
     const uint8_t *blocks, *scales;
   };
@@ -27,9 +28,10 @@ struct Mxfp4 {
   Raw load(const Panel& panel, int64_t block, int c, int part) const {
     return load_bits(panel.blocks + block * BLOCK_BYTES + c * 64 + part * LANES * 4);
   }
+  template <int CACHE>
   ASK void ask(const Panel& panel, int64_t block, int c) const {
-    __builtin_prefetch(panel.blocks + block * BLOCK_BYTES + c * 64);
-    if (c == 0) __builtin_prefetch(panel.scales + block * PANEL_ROWS);
+    __builtin_prefetch(panel.blocks + block * BLOCK_BYTES + c * 64, 0, CACHE);
+    if (c == 0) __builtin_prefetch(panel.scales + block * PANEL_ROWS, 0, CACHE);
   }
   // Value k of eight begins at bit 4 * (k / 2) + 16 * (k % 2) of a lane.
   static Floats value(Raw raw, int k) { return e2m1(raw >> (4 * (k / 2) + 16 * (k % 2))); }
@@ -243,7 +245,7 @@ inline void decode_words(const Mxfp4& w, const Panels<Mxfp4>& panels, int64_t fi
     for (int64_t b = 0; b < count; ++b) {
       factors[b][p] = w.scale(panels[p], first + b, 0) * Mxfp4::UNIT;
       for (int c = 0; c < 4; ++c) {
-        w.ask(panels[p], first + b + BLOCKS_AHEAD, c);
+        w.ask<FIRST_CACHE>(panels[p], first + b + w.NEAR, c);
         const __m512i lanes = (__m512i)w.load(panels[p], first + b, c, 0);
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) to[(b * 16 + 4 * c + n) * PAIR + p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4 * n), table);
