@@ -18,7 +18,7 @@ from oxfuse.runtime.cache_size import CacheSize
 from oxfuse.runtime.errors import InternalError
 from oxfuse.runtime.manifest import CacheSpec
 from oxfuse.runtime.sequence import Feed
-from oxfuse.runtime.step_inputs import flat_inputs
+from oxfuse.runtime.step_inputs import Ints, flat_inputs, move_on
 
 Step = Callable[[list[Tensor]], Tensor]
 """The inputs in the order of the manifest, caches last, all int64 before them; returns logits [R, V]."""
@@ -74,9 +74,15 @@ class Device(ABC):
 
 
 class HostDevice(Device):
-    """The CPU: caches are virtual memory that is committed as it is written, and inputs are made anew for each step."""
+    """The CPU: caches are virtual memory that is committed as it is written."""
 
     claims = False
+
+    def __init__(self) -> None:
+        """Begin without inputs."""
+        self._arrays: list[Ints] = []
+        self._inputs: list[Tensor] = []  # the same memory
+        self._stamp: object = None  # of the tables in them, if they are of one token of one sequence
 
     def allocate(self, spec: CacheSpec, size: CacheSize) -> list[Tensor]:
         """Reserve the caches."""
@@ -84,9 +90,20 @@ class HostDevice(Device):
 
     def run(self, step: Step, feeds: Sequence[Feed], rows: Sequence[int], caches: Sequence[Tensor], *, greedy: bool) -> Outcome:
         """Run the step; all logits are there anyway."""
-        block_size = caches[0].shape[-1]  # K is [blocks, KV, D, block_size]
-        inputs = [torch.from_numpy(array) for array in flat_inputs(feeds, rows, block_size)]
-        return Outcome(logits=checked_logits(step([*inputs, *caches]), len(rows)).float(), best=None)
+        self._prepare(feeds, rows, block_size=caches[0].shape[-1])  # K is [blocks, KV, D, block_size]
+        return Outcome(logits=checked_logits(step([*self._inputs, *caches]), len(rows)).float(), best=None)
+
+    def _prepare(self, feeds: Sequence[Feed], rows: Sequence[int], *, block_size: int) -> None:
+        """Make the step's inputs, those of the last step where a sequence decodes on: new ones took 1/300 of a token of 20 ms."""
+        feed = feeds[0]
+        single = len(feeds) == 1 and feed.count == 1
+        if single and feed.sequence.stamp is self._stamp:
+            return move_on(self._arrays, feed.sequence, block_size)
+        self._stamp = None  # in this order: an interrupt leaves nothing that the next step would take for right
+        self._arrays = flat_inputs(feeds, rows, block_size)
+        self._inputs = [torch.from_numpy(array) for array in self._arrays]
+        self._stamp = feed.sequence.stamp if single else None
+        return None
 
     def copy_block(self, caches: Sequence[Tensor], source: int, target: int, tokens: int) -> None:
         """Copy a block."""

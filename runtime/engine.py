@@ -9,8 +9,7 @@ and how inputs reach the program is the device's affair; the bookkeeping is on t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from oxfuse.runtime.blocks import BlockPool
 from oxfuse.runtime.cache_size import block_bytes, blocks_for, prefill_chunk, prefix_bound, size_cache
-from oxfuse.runtime.device import Best, Device, HostDevice, Step
+from oxfuse.runtime.device import Best, Device, HostDevice, Outcome, Step
 from oxfuse.runtime.errors import InternalError
 from oxfuse.runtime.manifest import CacheSpec, Limits
 from oxfuse.runtime.prefix import PrefixCache
@@ -221,8 +220,7 @@ class Engine:
             for index in indices
         ]
         greedy = all(feed.greedy for feed, indices in zip(feeds, wanted, strict=True) if len(indices))
-        with torch.no_grad(), intra_op_threads(self.threads):
-            outcome = self.device.run(self.step, feeds, rows or [0], self.caches, greedy=greedy)
+        outcome = self._run_step(feeds, rows or [0], greedy=greedy)
         self.steps += 1
         for feed in feeds:
             before = feed.sequence.cached
@@ -236,11 +234,31 @@ class Engine:
             if feed.greedy and outcome.best is not None:
                 answers.append(list(outcome.best[part]))
             elif outcome.logits is not None:
-                answers.append(outcome.logits if len(indices) == len(outcome.logits) else outcome.logits[part])
+                answers.append(outcome.logits if len(indices) == outcome.logits.shape[0] else outcome.logits[part])
             else:
                 assert not indices, "logits are wanted and were not brought back"
                 answers.append([])
         return answers
+
+    def _run_step(self, feeds: Sequence[Feed], rows: Sequence[int], *, greedy: bool) -> Outcome:
+        # Not `with torch.no_grad()`, nor a context manager for the threads: a token waits for all their objects and calls, and
+        # weights have pushed their code out of the processor's caches.
+        gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            if self.threads is None:
+                return self.device.run(self.step, feeds, rows, self.caches, greedy=greedy)
+            with _threads_lock:  # two models with different numbers must not restore each other's
+                before = torch.get_num_threads()
+                if self.threads != before:  # to set it anew costs as much as an operator
+                    torch.set_num_threads(self.threads)
+                try:
+                    return self.device.run(self.step, feeds, rows, self.caches, greedy=greedy)
+                finally:
+                    if self.threads != before:
+                        torch.set_num_threads(before)
+        finally:
+            torch._C._set_grad_enabled(gradients)
 
     def _free_old(self, sequence: TokenSequence) -> None:
         for group, spec in enumerate(self.cache.groups):
@@ -270,24 +288,4 @@ def _joined(answers: list[Answer]) -> Answer:
 
 
 _threads_lock = threading.RLock()
-
-
-@contextmanager
-def intra_op_threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` threads inside an operator, and put the old number back; None changes nothing.
-
-    The number belongs to the process: other threads that run torch meanwhile see it too.
-    """
-    if count is None:
-        yield
-        return
-    with _threads_lock:  # two models with different numbers must not restore each other's
-        before = torch.get_num_threads()
-        if count == before:  # to set it anew costs as much as an operator
-            yield
-            return
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+"""Held where the number of threads may change. It belongs to the process: other threads that run torch meanwhile see it too."""

@@ -182,7 +182,7 @@ class Scheduler:
         try:
             results = self.engine.run([*plan.values()])
             for job, indices, answer in zip(plan, wanted, results, strict=True):
-                if len(answer):
+                if len(indices):
                     self._deliver(job, indices, answer)
                 del undelivered[job]
         except Exception as error:

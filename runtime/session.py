@@ -22,7 +22,8 @@ class _LastRow(Job):
     logits: Tensor
 
     def receive(self, indices: Sequence[int], logits: Tensor) -> None:
-        self.logits, self.done = logits[-1].clone(), True
+        row = logits[-1]
+        self.logits, self.done = row if logits.shape[0] == 1 else row.clone(), True  # a view would hold all rows in memory
 
 
 class Session:

@@ -33,16 +33,29 @@ def flat_inputs(feeds: Sequence[Feed], rows: Sequence[int], block_size: int) -> 
     for n, (feed, start, end) in enumerate(zip(feeds, starts, ends, strict=False)):
         sequence, first = feed.sequence, feed.sequence.cached
         copy_tables(sequence, tables[:, n])
-        if feed.count == 1:  # plain numbers: whoever decodes waits for each call of numpy
-            tokens[start], positions[start] = sequence.tokens[first], sequence.positions[first]
-            for g, table in enumerate(sequence.tables):
-                slots[g, start] = table[first // size] * size + first % size
+        if feed.count == 1:
+            _put_token(sequence, size, tokens, positions, slots, start)
         else:
             part = slice(start, start + feed.count)
             tokens[part], positions[part] = sequence.tokens[first:end], sequence.positions[first:end]
             index = np.arange(first, end)
             slots[:, part] = tables[:, n, index // size] * size + index % size
     return [tokens, positions, np.array(starts, np.int64), np.array(ends, np.int64), slots, tables, np.array(rows, np.int64)]
+
+
+def move_on(inputs: Sequence[Ints], sequence: TokenSequence, block_size: int) -> None:
+    """Change the inputs of a step that ran one token of `sequence` alone to those of its next one, while its tables stay."""
+    tokens, positions, _, kv_lens, slots, *_ = inputs
+    _put_token(sequence, block_size, tokens, positions, slots, 0)
+    kv_lens[0] = sequence.cached + 1
+
+
+def _put_token(sequence: TokenSequence, size: int, tokens: Ints, positions: Ints, slots: Ints, place: int) -> None:
+    """Write the sequence's next token, by plain numbers: whoever decodes waits for each call of numpy."""
+    first = sequence.cached
+    tokens[place], positions[place] = sequence.tokens[first], sequence.positions[first]
+    for group, table in enumerate(sequence.tables):
+        slots[group, place] = table[first // size] * size + first % size
 
 
 def copy_tables(sequence: TokenSequence, into: Ints) -> None:
