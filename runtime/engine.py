@@ -234,7 +234,7 @@ class Engine:
             if feed.greedy and outcome.best is not None:
                 answers.append(list(outcome.best[part]))
             elif outcome.logits is not None:
-                answers.append(outcome.logits if len(indices) == outcome.logits.shape[0] else outcome.logits[part])
+                answers.append(outcome.logits if 0 < len(indices) == len(rows) else outcome.logits[part])
             else:
                 assert not indices, "logits are wanted and were not brought back"
                 answers.append([])

@@ -22,8 +22,8 @@ class _LastRow(Job):
     logits: Tensor
 
     def receive(self, indices: Sequence[int], logits: Tensor) -> None:
-        row = logits[-1]
-        self.logits, self.done = row if logits.shape[0] == 1 else row.clone(), True  # a view would hold all rows in memory
+        shared = len(indices) > 1 or logits._is_view()  # the row would keep others in memory
+        self.logits, self.done = logits[-1].clone() if shared else logits[-1], True
 
 
 class Session:

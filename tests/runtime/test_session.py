@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from oxfuse.runtime.errors import UserError
 from oxfuse.runtime.model import CompiledModel
+from oxfuse.runtime.session import _LastRow
 
 from .toy import VOCAB, ToyModel, tokens
 
@@ -139,3 +140,16 @@ def test_refusals(model: CompiledModel) -> None:
     for call in (lambda: session.decode(1), lambda: session.rewind(0), session.fork):
         with pytest.raises(UserError, match="closed"):
             call()
+
+
+def test_logits_keep_no_others_in_memory(open_model: Open, toy: ToyModel) -> None:
+    model = open_model()
+    with model.session() as first, model.session() as second:
+        kept = [first.prefill([1, 2, 3]), first.decode(4)]
+        jobs = [_LastRow(session._sequence, keep=True) for session in (first, second)]
+        first._sequence.append([5])
+        second._sequence.append([6, 7])
+        model.scheduler.run(jobs)
+    assert toy.rows[-1] == 2, "one step for both"
+    for row in [*kept, *(job.logits for job in jobs)]:
+        assert row.shape == (VOCAB,) and row.untyped_storage().nbytes() == row.nbytes

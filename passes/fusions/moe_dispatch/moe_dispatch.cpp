@@ -62,19 +62,22 @@ static Routing route(const float* const* x, int64_t tokens, const T* router, con
   out.token.resize(tokens * k);
   out.begin.assign(experts + 1, 0);
   std::vector<int64_t> chosen(tokens * k);
+  std::vector<float> logits(tokens * experts);
   const DenseRows<T> rows{router, experts, hidden};
-  parallel_for(0, tokens, 1 + GRAIN / (experts * hidden), [&](int64_t first, int64_t last) {
+  const int64_t tiles = (experts + NR - 1) / NR, batches = (tokens + BATCH - 1) / BATCH;
+  share(batches * tiles, tiles, tokens * experts * hidden, [&](const auto& next) {  // experts too: one token's would take one thread longer
     Scratch scratch;
-    std::vector<float> logits(BATCH * experts);
-    for (int64_t t = first; t < last; t += BATCH) {
-      const int some = static_cast<int>(std::min<int64_t>(BATCH, last - t));
-      for (int64_t e = 0; e < experts; e += NR) {
+    for (Range part = next(); part.begin < part.end; part = next())
+      for (int64_t item = part.begin; item < part.end; ++item) {
+        const int64_t t = item / tiles * BATCH, e = item % tiles * NR;
+        const int some = static_cast<int>(std::min<int64_t>(BATCH, tokens - t));
         product(rows.tile(0, e), x + t, some, hidden, scratch);
         for (int i = 0; i < some; ++i)
-          for (int64_t r = 0; r < NR && e + r < experts; ++r) logits[i * experts + e + r] = scratch.tile[i * NR + r] + bias[e + r];
+          for (int64_t r = 0; r < NR && e + r < experts; ++r) logits[(t + i) * experts + e + r] = scratch.tile[i * NR + r] + bias[e + r];
       }
-      for (int i = 0; i < some; ++i) choose(&logits[i * experts], experts, k, &chosen[(t + i) * k], &out.weight[(t + i) * k]);
-    }
+  });
+  parallel_for(0, tokens, 1 + GRAIN / (experts * k), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) choose(&logits[t * experts], experts, k, &chosen[t * k], &out.weight[t * k]);
   });
   for (int64_t e : chosen) ++out.begin[e + 1];
   for (int64_t e = 0; e < experts; ++e) out.begin[e + 1] += out.begin[e];
