@@ -27,10 +27,10 @@ constexpr int64_t FEW = 2 * STRIP;    // rows whose scores of a tile are held at
 constexpr float LOG2E = 1.44269504f;
 static_assert(TILE % LANES == 0 && SEGMENT % TILE == 0 && STRIP <= LANES, "a tile is whole vectors, a segment whole tiles");
 
-// float32 values from the beginning of a cache line on: a vector that lies across two lines takes twice as long to load and to store.
+// float32 values, not set, from the beginning of a cache line on: a vector that lies across two lines takes twice as long to load and to store.
 class Aligned {
  public:
-  explicit Aligned(int64_t count) : vectors_(new Floats[(count + LANES - 1) / LANES]{}) {}
+  explicit Aligned(int64_t count) : vectors_(new Floats[(count + LANES - 1) / LANES]) {}
   float* data() const { return reinterpret_cast<float*>(vectors_.get()); }
   float& operator[](int64_t i) const { return data()[i]; }
 
@@ -168,7 +168,7 @@ struct Queries {
 struct State {
   Aligned top, out;
   std::vector<Floats> total;
-  State(int64_t rows, int64_t width) : top(rows + LANES), out(rows * width), total(rows) {}
+  State(int64_t rows, int64_t width) : top(rows + LANES), out(rows * width), total(rows) { std::fill_n(top.data(), rows + LANES, 0.f); }
   void clear(int64_t rows) {
     std::fill_n(top.data(), rows, -INFINITY);
     std::fill_n(total.begin(), rows, Floats{});
@@ -186,7 +186,7 @@ template <class T>
 class Block {
  public:
   Block(int64_t tokens, int64_t group, int64_t dim)
-      : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim), keys_(TILE * width_), values_(TILE * width_),
+      : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim), keys_(TILE * width_), values_(tokens * group > FEW ? TILE * width_ : 0),
         token_(tokens * group), part_(tokens * group, width_), all_(tokens * group, width_), lines_(std::max<int64_t>(dim, TILE)) {
     for (int64_t r = 0; r < tokens * group; ++r) token_[r] = static_cast<int>(r / group);
   }
