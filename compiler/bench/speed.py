@@ -111,12 +111,14 @@ def measure_speed(
     bandwidths: dict[int, list[float]] = {}
     peaks, int8_peaks = [matmul_peak(plan.threads)], [matmul_peak(plan.threads, dtypes=(torch.int8,))]
 
-    def probe(phase: str, size: int) -> None:
-        if phase == "decode":
-            bandwidths.setdefault(size, []).append(read_bandwidth(plan.threads, rounds=2))
-        else:
-            peaks.append(matmul_peak(plan.threads))
-            int8_peaks.append(matmul_peak(plan.threads, dtypes=(torch.int8,)))
+    def probe_bandwidth(size: int) -> float:
+        found = read_bandwidth(plan.threads, rounds=2)
+        bandwidths.setdefault(size, []).append(found)
+        return found
+
+    def probe_peaks() -> None:
+        peaks.append(matmul_peak(plan.threads))
+        int8_peaks.append(matmul_peak(plan.threads, dtypes=(torch.int8,)))
 
     with contextlib.ExitStack() as stack:
         workers = _start(contenders, plan.threads, stack, absent, progress)
@@ -125,14 +127,14 @@ def measure_speed(
         agreements = _agreements(workers, plan, progress)
         figures: list[Figure] = []
         for phase, size in plan.phases:
-            figures += _phase(phase, size, workers, plan, cost, progress, probe)
+            figures += _phase(phase, size, workers, plan, cost, progress, probe_bandwidth, probe_peaks)
         versions = {contender.spec.key: worker.name for contender, worker in workers}
     specs = {spec.key: spec for spec in (*wanted, *(contender.spec for contender in contenders))}
     int8_peak = max(*peaks, *int8_peaks)
     peak = max(*peaks, int8_peak / 2)  # an instruction takes half as many numbers of 16 bits as of 8
     for figure in figures:
         if figure.phase == "decode":
-            figure.floor = figure.work / statistics.median(bandwidths[figure.size])
+            figure.floor = figure.work / statistics.median(figure.bandwidths)
         else:
             figure.floor = figure.work / (int8_peak if specs[figure.engine].int8 else peak)
     return SpeedResult(
@@ -222,9 +224,12 @@ def _phase(
     plan: Plan,
     cost: Cost,
     progress: Progress,
-    probe: Callable[[str, int], None],
+    probe_bandwidth: Callable[[int], float],
+    probe_peaks: Callable[[], None],
 ) -> list[Figure]:
-    """Take the samples of all engines in one phase, in turns, and in each round what `probe` does.
+    """Take the samples of all engines in one phase, in turns.
+
+    Probes stand around each turn of a decode; of a prefill, they begin each round.
 
     An artifact is also measured at the phase's first size in the same turn: the machine's speed changes from phase to phase.
     """
@@ -245,7 +250,11 @@ def _phase(
             worker.ask(do="context" if phase == "decode" else "prefill", tokens=n)  # warms up what others' trials cooled
     load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
     for done in range(plan.rounds):
-        probe(phase, size)
+        before = None
+        if phase == "decode":
+            before = probe_bandwidth(size)
+        else:
+            probe_peaks()
         for worker, figure in turns if done % 2 == 0 else turns[::-1]:
             progress(f"{phase} {size}", done / plan.rounds)
             into = [(figure.samples, size)]
@@ -255,6 +264,10 @@ def _phase(
                 value, disturbed = take_quietly(functools.partial(_sample, worker, phase, n, plan.tokens), load)
                 samples.append(value)
                 figure.discarded += disturbed
+            if before is not None:
+                after = probe_bandwidth(size)
+                figure.bandwidths.append(max(before, after))
+                before = after
     return [figure for _, figure in turns]
 
 

@@ -23,7 +23,8 @@ class Figure:
     """One engine in one phase: samples in seconds a token (decode: the median of a turn's), floor in the same unit.
 
     `work` is what the floor comes from: bytes that a decoded token reads, operations of a token of a prefill. `near`: samples
-    at `near_size`, the phase's first, that were taken in the same turns; 0: none were.
+    at `near_size`, the phase's first, that were taken in the same turns; 0: none were. `bandwidths`: bytes a second that the
+    machine read beside each sample of a decode, the larger of what probes before and after it found.
     """
 
     engine: str
@@ -35,6 +36,7 @@ class Figure:
     samples: list[float] = field(default_factory=list)
     near_size: int = 0
     near: list[float] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
     discarded: int = 0
 
     @property
@@ -54,8 +56,14 @@ class Figure:
 
     @property
     def of_floor(self) -> float:
-        """Return the floor over the time that was taken: 1 where nothing could be faster."""
-        return self.floor / self.seconds
+        """Return the floor over the time that was taken: 1 where nothing could be faster.
+
+        Turn by turn where the bandwidth was probed beside each: a shared machine's memory has another speed every minute.
+        """
+        if not self.bandwidths:
+            return self.floor / self.seconds
+        pairs = zip(self.bandwidths, self.samples, strict=True)
+        return statistics.median(self.work / bandwidth / sample for bandwidth, sample in pairs)
 
     @property
     def spread(self) -> float:
@@ -144,8 +152,8 @@ class SpeedResult:
         )
         lines = [
             f"{self.artifact}, {machine['processor']}, {self.threads} threads of {machine['cores']} cores, torch "
-            f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes in "
-            f"each round: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
+            f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes "
+            f"before and after each turn: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
             f"in int8 {self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
             "",
             "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
@@ -160,8 +168,8 @@ class SpeedResult:
             )
         lines += [
             "",
-            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth (decode); operations over "
-            "the peak of the arithmetic that it may use (prefill).",
+            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth beside its turns (decode; of "
+            "the floor is the median over turns); operations over the peak of the arithmetic that it may use (prefill).",
             "",
             *self._bar_lines(),
             *self._memory_lines(),

@@ -104,6 +104,13 @@ def test_table_states_median_floor_ratios_and_disturbance() -> None:
     assert {"text", "wanted", "found", "holds"} <= told["bars"][0].keys()
 
 
+def test_the_floor_is_that_of_each_turn() -> None:
+    figure = Figure(
+        engine=OURS, phase="decode", size=128, work=8.0, floor=1.0, samples=[1.0, 2.0, 5.0], bandwidths=[10.0, 5.0, 2.0]
+    )
+    assert figure.of_floor == pytest.approx(0.8)  # of each, where medians of both would say 0.5
+
+
 def test_bars_are_judged() -> None:
     found = {bar.text: bar for bar in bars(result())}
     for text, value, holds in (
@@ -212,7 +219,7 @@ def test_run_with_both_engines(compiled) -> None:
         (engine, phase, size, 2) for phase, size in plan.phases for engine in (OURS, PEER)
     ]
     assert [(f.near_size, len(f.near)) for f in found.figures] == [(0, 0), (0, 0), (30, 2), (0, 0), (0, 0), (0, 0)]
-    assert found.missing == {} and list(found.bandwidths) == [30, 37] and len(found.bandwidths[30]) == plan.rounds
+    assert found.missing == {} and list(found.bandwidths) == [30, 37] and len(found.bandwidths[30]) == 3 * plan.rounds
     (agreement,) = found.agreements
     assert (agreement.engine, agreement.reference, list(agreement.correlations)) == (OURS, PEER, [1, 7, 40])
     assert min(agreement.correlations.values()) > 0.99 and agreement.same >= 2  # bfloat16 may choose another of two close ones
@@ -220,7 +227,9 @@ def test_run_with_both_engines(compiled) -> None:
     assert all(math.isfinite(f.rate) and f.floor > 0 for f in found.figures)
     cost = cost_of(read_manifest(artifact))
     decode, prefill = found.figure(OURS, "decode", 30), found.figure(OURS, "prefill", 20)
-    assert decode is not None and decode.floor == cost.decode_bytes(30) / statistics.median(found.bandwidths[30])
+    assert decode is not None and decode.floor == cost.decode_bytes(30) / statistics.median(decode.bandwidths)
+    first, second, third = found.bandwidths[30][:3]  # around the turns of the first round
+    assert decode.bandwidths[0] == max(first, second) and found.figures[1].bandwidths[0] == max(second, third)
     assert prefill is not None and prefill.floor == cost.prefill_operations(20) / 20 / found.peak
     ours, theirs = found.footprints
     assert ours.weights == sum(file.bytes for file in read_manifest(artifact).weights) and theirs.weights is None
