@@ -32,12 +32,6 @@ constexpr int CHUNK_BLOCKS = 9;             // blocks that are decoded at a time
 constexpr int WIDTH = PAIR * PANEL_ROWS;    // results of a row
 constexpr int V = PAIR * PV;                // the same in vectors
 
-inline Bits load_bits(const void* from) {
-  Bits out;
-  std::memcpy(&out, from, sizeof(out));
-  return out;
-}
-
 inline Ints splat_int(int32_t x) { return Ints{} + x; }
 
 // Four activations in every lane.
@@ -235,6 +229,40 @@ void decode_wide(const F& w, const Panels<F>& panels, int64_t first, int64_t cou
     }
 }
 
+// Sums of R rows with two panels, c[m][panel][row], while blocks are added to them: in registers where these hold them beside a block's own sums.
+template <int R>
+class Sums {
+ public:
+  explicit Sums(float* c) : c_(c) {
+    if constexpr (HELD) {
+#pragma GCC unroll 32
+      for (int i = 0; i < R * V; ++i) held_[i] = load(c + i * LANES);
+    }
+  }
+  __attribute__((always_inline)) void add(int i, Floats x) {
+    if constexpr (HELD)
+      held_[i] += x;
+    else
+      store(c_ + i * LANES, load(c_ + i * LANES) + x);
+  }
+  __attribute__((always_inline)) void end_block() {
+    if constexpr (!HELD) asm volatile("" ::: "memory");  // or GCC keeps c in memory of its own from block to block
+  }
+  __attribute__((always_inline)) void end() {
+    if constexpr (HELD) {
+#pragma GCC unroll 32
+      for (int i = 0; i < R * V; ++i) store(c_ + i * LANES, held_[i]);
+    }
+  }
+
+ private:
+  static constexpr bool HELD = LANES == 16;
+  float* c_;
+  Floats held_[HELD ? R * V : 1];
+};
+
+constexpr int HELD_ROWS = 6;  // rows of x in a register tile whose sums are held: these, a block's, the weights and a value fill 32 registers
+
 // c[m] += x[m] . w for R rows of x, and `count` decoded blocks of them.
 template <int R>
 __attribute__((noinline)) void advance_wide(const DecodedWide& decoded, const Activations& rows, int64_t count, float* c) {
@@ -291,8 +319,8 @@ void decode_bytes(const F& w, const Panels<F>& panels, int64_t first, int64_t co
 template <class Dot, int ZERO, int R>
 __attribute__((noinline)) void advance_bytes(const DecodedBytes& w, const Activations& rows, int64_t count, float* c) {
   Numbers<int8_t> x = rows.bytes;
+  Sums<R> sums(c);
   for (int64_t b = 0; b < count; ++b, x.values += rows.rows * BLOCK, x.scales += rows.rows, x.starts += rows.rows) {
-    asm volatile("" ::: "memory");
     Ints acc[R][V];
 #pragma GCC unroll 32
     for (int i = 0; i < R * V; ++i) acc[i / V][i % V] = splat_int(x.starts[i / V]);
@@ -308,12 +336,13 @@ __attribute__((noinline)) void advance_bytes(const DecodedBytes& w, const Activa
       }
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < R * V; ++i)
-      store(c + i * LANES, load(c + i * LANES) + __builtin_convertvector(acc[i / V][i % V], Floats) * (w.scales[b][i % V] * x.scales[i / V]));
+    for (int i = 0; i < R * V; ++i) sums.add(i, __builtin_convertvector(acc[i / V][i % V], Floats) * (w.scales[b][i % V] * x.scales[i / V]));
+    sums.end_block();
   }
+  sums.end();
 }
 
-constexpr int BYTE_ROWS = LANES == 16 ? 12 : 2;
+constexpr int BYTE_ROWS = LANES == 16 ? HELD_ROWS : 2;
 
 template <class Dot, int ZERO, int R = BYTE_ROWS>
 void advance_byte_rows(int64_t some, const DecodedBytes& w, const Activations& x, int64_t count, float* c) {

@@ -88,6 +88,11 @@ Floats load(const T* x, int64_t count) {
   std::memcpy(part, x, count * sizeof(T));
   return load(part);
 }
+inline Bits load_bits(const void* from) {
+  Bits out;
+  std::memcpy(&out, from, sizeof(out));
+  return out;
+}
 inline void store(float* out, Floats x) { std::memcpy(out, &x, sizeof(x)); }
 inline void store(bfloat16* out, Floats x) { store_narrow(out, x); }
 
@@ -258,6 +263,43 @@ OXFUSE_BF16_TARGET __attribute__((noinline)) void advance_pairs(const bfloat16* 
   }
 #pragma GCC unroll 24
   for (int i = 0; i < M * NR; ++i) acc[i] = local[i / NR][i % NR];
+}
+
+#ifdef OXFUSE_EMULATE_BF16
+inline void add_pairs(__m512& acc, __m512i a, __m512i b) { acc = (__m512)dot_pairs((Floats)acc, a, b); }
+#else
+// With the intrinsic GCC 12 keeps sums in memory; the assembler knows the instruction whatever the target.
+inline __attribute__((always_inline)) void add_pairs(__m512& acc, __m512i a, __m512i b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+#endif
+
+template <class T>
+__m512i pair_at(const T* x) {  // two values of 16 bits, in every lane
+  int32_t both;
+  std::memcpy(&both, x, 4);
+  return _mm512_set1_epi32(both);
+}
+
+// Rounds to bfloat16 as `narrow` does, but for subnormal numbers, which may become zero, and returns what that is.
+inline Floats store_rounded(bfloat16* out, Floats x) {
+#ifdef OXFUSE_EMULATE_BF16
+  store_narrow(out, x);
+  return load(out);
+#else
+  __m256i halves;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#endif
+}
+
+// Pairs (a[i], b[i]) of sixteen values of 16 bits.
+template <class T>
+Bits pairs_of(const T* a, const T* b) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i both = _mm512_inserti64x4(first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+  return (Bits)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
 
 // The upper halves of float32 values: exact where they are bfloat16 values.

@@ -66,10 +66,13 @@ def test_each_text_is_classified_by_its_rightmost_token() -> None:
     for text, found in zip(texts, model.classify(texts), strict=True):
         expected = dense(tokenizer.encode(text))[-1].softmax(-1)
         assert list(found.scores.values()) == pytest.approx(expected.tolist(), abs=1e-5)
-        assert model.classify(text) == [found] == model.classify(torch.tensor(tokenizer.encode(text)))
-        assert model.classify([tokenizer.encode(text)])[0].scores == pytest.approx(found.scores)
+        (alone,) = model.classify(text)
+        assert (alone.label, alone.labels) == (found.label, found.labels)
+        assert alone.scores == pytest.approx(found.scores, abs=1e-5)  # a processor may sum a longer batch in another order
+        assert model.classify(torch.tensor(tokenizer.encode(text))) == [alone]
+        assert model.classify([tokenizer.encode(text)]) == [alone]
     ids = tokenizer.encode("ab")
-    assert model.classify([*ids, 1, 1])[0].scores == pytest.approx(model.classify("ab")[0].scores)  # pads are skipped
+    assert model.classify([*ids, 1, 1])[0].scores == pytest.approx(model.classify("ab")[0].scores, abs=1e-5)  # pads are skipped
 
 
 # Hidden states

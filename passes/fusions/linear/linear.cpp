@@ -90,7 +90,7 @@ static void decode_wide(const DensePanels& w, const Panels<DensePanels>& panels,
 }
 
 constexpr int STEP = 2 * LANES;       // values of a row that are taken at once
-constexpr int64_t AHEAD = 2 * 1024;   // values: how far ahead of what is multiplied the memory is asked
+constexpr int64_t AHEAD = 1024;       // values: how far ahead of what is multiplied the memory is asked, for the second cache: the first has less room
 constexpr int64_t PART = 512 * 1024;  // values of weights that a thread takes at a time at most
 
 // Rows that are read at once, each from a place of its own on. The memory serves several streams better than one; with more activations their
@@ -120,7 +120,7 @@ __attribute__((noinline)) void stream_rows(const bfloat16* const* rows, const fl
       }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(rows[r] + k + AHEAD);  // the row's next one follows it
+      __builtin_prefetch(rows[r] + k + AHEAD, 0, SECOND_CACHE);  // the row's next one follows it
       Floats first, second;
       take_apart(from[r], first, second);
 #pragma GCC unroll 4

@@ -59,8 +59,9 @@ struct Strided {
     }
     return end - key;
   }
-  int64_t values(int64_t key, int64_t end, float* to) const {
+  int64_t values(int64_t key, int64_t end, int64_t tile, float* to) const {
     const int64_t width = whole(dim, LANES);
+    to += (key - tile) * width;
     for (int64_t i = key; i < end; ++i, to += width) widen_all(all_values + i * v_stride, dim, to);
     return end - key;
   }

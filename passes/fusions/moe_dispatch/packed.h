@@ -85,13 +85,6 @@ struct Mxfp4 {
 };
 
 #ifdef __AVX512F__
-#ifdef OXFUSE_EMULATE_BF16
-inline void add_pairs(__m512& acc, __m512i a, __m512i b) { acc = (__m512)dot_pairs((Floats)acc, a, b); }
-#else
-// With the intrinsic GCC 12 keeps sums in memory; the assembler knows the instruction whatever the target.
-inline __attribute__((always_inline)) void add_pairs(__m512& acc, __m512i a, __m512i b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
-#endif
-
 inline __m512i e2m1_table() {  // as bfloat16, twice
   alignas(64) static const uint16_t table[32] = {0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80,
                                                  0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0, 0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040,
@@ -99,17 +92,14 @@ inline __m512i e2m1_table() {  // as bfloat16, twice
   return _mm512_load_si512(table);
 }
 
-template <class T>
-__m512i pair_at(const T* x) {  // two values of 16 bits, in every lane
-  int32_t both;
-  std::memcpy(&both, x, 4);
-  return _mm512_set1_epi32(both);
-}
-
 // Decodes blocks of two panels to scaled bfloat16, pairs of values beside each other: to[k / 2][panel][row][k % 2]. Returns whether all are
 // exact, which scales at the ends of their range prevent: multiplying bfloat16 takes subnormal values for 0.
 inline bool decode_pairs(const Panels<Mxfp4>& panels, int64_t first, int64_t count, __m512i* to) {
-  const __m512i table = e2m1_table(), magnitude = _mm512_set1_epi16(0x7fff);
+  const __m512i values = e2m1_table();
+  // A scale adds to the exponent, but a zero has none: values are raised, zeros are not, and what is taken off stops at zero.
+  constexpr int RAISED = 124 << 7;
+  const __mmask32 some = _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7fff));
+  const __m512i table = _mm512_maskz_add_epi16(some, values, _mm512_set1_epi16(RAISED));
   bool exact = true;
   for (int p = 0; p < PAIR; ++p)
     for (int64_t b = 0; b < count; ++b) {
@@ -118,17 +108,14 @@ inline bool decode_pairs(const Panels<Mxfp4>& panels, int64_t first, int64_t cou
       const __m128i inside = _mm_and_si128(_mm_cmpeq_epi8(_mm_max_epu8(bytes, _mm_set1_epi8(2)), bytes),
                                            _mm_cmpeq_epi8(_mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(251))), bytes));
       exact &= _mm_movemask_epi8(inside) == 0xffff;
-      const __m512i wide = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
-      const __m512i exponent = _mm512_slli_epi16(_mm512_or_si512(_mm512_slli_epi32(wide, 16), _mm512_and_si512(wide, _mm512_set1_epi32(0xffff))), 7);
+      const __m512i wide = _mm512_sub_epi32(_mm512_set1_epi32(127 + (RAISED >> 7)), _mm512_cvtepu8_epi32(bytes));
+      const __m512i off = _mm512_slli_epi16(_mm512_or_si512(_mm512_slli_epi32(wide, 16), wide), 7);
       for (int c = 0; c < 4; ++c) {
         const __m512i lanes = _mm512_loadu_si512(block + c * 64);
         _mm_prefetch(reinterpret_cast<const char*>(block + CHUNK_BLOCKS * BLOCK_BYTES + c * 64), _MM_HINT_T1);
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) {
-          const __m512i value = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4 * n), table);
-          const __mmask32 some = _mm512_test_epi16_mask(value, magnitude);  // a zero has no exponent
-          to[(b * 16 + 4 * c + n) * PAIR + p] = _mm512_mask_add_epi16(value, some, value, exponent);
-        }
+        for (int n = 0; n < 4; ++n)
+          to[(b * 16 + 4 * c + n) * PAIR + p] = _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4 * n), table), off);
       }
     }
   return exact;
@@ -138,8 +125,8 @@ inline bool decode_pairs(const Panels<Mxfp4>& panels, int64_t first, int64_t cou
 template <int R>
 __attribute__((noinline)) void advance_panel_pairs(const __m512i* w, const Activations& rows, int64_t count, float* c) {
   const bfloat16* x = rows.half;
+  Sums<R> sums(c);
   for (int64_t b = 0; b < count; ++b, x += rows.rows * BLOCK) {
-    asm volatile("" ::: "memory");  // or GCC keeps c in memory of its own from block to block
     __m512 acc[R][PAIR];
 #pragma GCC unroll 32
     for (int i = 0; i < R * PAIR; ++i) acc[i / PAIR][i % PAIR] = _mm512_setzero_ps();
@@ -153,14 +140,13 @@ __attribute__((noinline)) void advance_panel_pairs(const __m512i* w, const Activ
       }
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < R * PAIR; ++i)
-      _mm512_storeu_ps(c + i * 16, _mm512_add_ps(_mm512_loadu_ps(c + i * 16), acc[i / PAIR][i % PAIR]));
+    for (int i = 0; i < R * PAIR; ++i) sums.add(i, (Floats)acc[i / PAIR][i % PAIR]);
   }
+  sums.end();
 }
 
-constexpr int PAIR_ROWS = 12;
 
-template <int R = PAIR_ROWS>
+template <int R = HELD_ROWS>
 void advance_pair_rows(int64_t some, const __m512i* w, const Activations& x, int64_t count, float* c) {
   if constexpr (R > 1)
     if (some < R) return advance_pair_rows<R - 1>(some, w, x, count, c);
@@ -257,8 +243,8 @@ inline void decode_words(const Mxfp4& w, const Panels<Mxfp4>& panels, int64_t fi
 template <int R>
 __attribute__((noinline)) void advance_words(const __m512i* w, const Floats (*factors)[V], const Activations& rows, int64_t count, float* c) {
   Numbers<int16_t> x = rows.words;
+  Sums<R> sums(c);
   for (int64_t b = 0; b < count; ++b, x.values += rows.rows * BLOCK, x.scales += rows.rows) {
-    asm volatile("" ::: "memory");  // or GCC keeps c in memory of its own from block to block
     __m512i acc[R][PAIR];
 #pragma GCC unroll 32
     for (int i = 0; i < R * PAIR; ++i) acc[i / PAIR][i % PAIR] = _mm512_setzero_si512();
@@ -273,11 +259,12 @@ __attribute__((noinline)) void advance_words(const __m512i* w, const Floats (*fa
     }
 #pragma GCC unroll 32
     for (int i = 0; i < R * PAIR; ++i)
-      store(c + i * LANES, load(c + i * LANES) + (Floats)_mm512_cvtepi32_ps(acc[i / PAIR][i % PAIR]) * (factors[b][i % PAIR] * x.scales[i / PAIR]));
+      sums.add(i, (Floats)_mm512_cvtepi32_ps(acc[i / PAIR][i % PAIR]) * (factors[b][i % PAIR] * x.scales[i / PAIR]));
   }
+  sums.end();
 }
 
-template <int R = PAIR_ROWS>
+template <int R = HELD_ROWS>
 void advance_word_rows(int64_t some, const __m512i* w, const Floats (*factors)[V], const Activations& x, int64_t count, float* c) {
   if constexpr (R > 1)
     if (some < R) return advance_word_rows<R - 1>(some, w, factors, x, count, c);
@@ -310,11 +297,11 @@ inline bool multiply_specially(const Mxfp4& w, const Panels<Mxfp4>& panels, cons
     const int64_t count = std::min<int64_t>(CHUNK_BLOCKS, w.length / BLOCK - b);
     if (!pairs) {
       decode_words(w, panels, b, count, decoded, scratch.wide.scales);
-      for_tiles(m, PAIR_ROWS, [&](int64_t first, int64_t some) {
+      for_tiles(m, HELD_ROWS, [&](int64_t first, int64_t some) {
         advance_word_rows(some, decoded, scratch.wide.scales, x.from(first, b), count, scratch.out + first * WIDTH);
       });
     } else if (decode_pairs(panels, b, count, decoded)) {
-      for_tiles(m, PAIR_ROWS, [&](int64_t first, int64_t some) {
+      for_tiles(m, HELD_ROWS, [&](int64_t first, int64_t some) {
         advance_pair_rows(some, decoded, x.from(first, b), count, scratch.out + first * WIDTH);
       });
     } else {

@@ -64,18 +64,54 @@ __attribute__((noinline)) static void outer(const float* a, int64_t a_stride, co
   for (int i = 0; i < M * V; ++i) store(out + i / V * out_stride + i % V * LANES, acc[i / V][i % V]);
 }
 
-template <int... I>
-constexpr auto outers(std::integer_sequence<int, I...>) {
-  return std::array{&outer<I / WIDE + 1, I % WIDE + 1>...};
+typedef uint32_t Pair;  // two bfloat16 values, the first in the lower half
+
+#ifdef __AVX512F__
+// The same for bfloat16: `count` pairs of a[m] and of b, and the sums times `scale`. Two lines of `ahead` at each step.
+template <int M, int V>
+__attribute__((noinline)) static void outer_pairs(const bfloat16* a, int64_t a_stride, const Pair* b, int64_t b_stride, int64_t count, const float* keep,
+                                                  float* out, int64_t out_stride, const uint64_t* ahead, float scale) {
+  __m512 acc[M][V];
+#pragma GCC unroll 24
+  for (int i = 0; i < M * V; ++i) acc[i / V][i % V] = (__m512)(keep ? load(out + i / V * out_stride + i % V * LANES) * keep[i / V] : Floats{});
+  for (int64_t k = 0; k < count; ++k, b += b_stride) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead[2 * k]), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead[2 * k + 1]), 0, 2);
+    __m512i values[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) values[i] = _mm512_loadu_si512(b + i * LANES);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const __m512i factor = pair_at(a + m * a_stride + 2 * k);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) add_pairs(acc[m][i], values[i], factor);
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < M * V; ++i) store(out + i / V * out_stride + i % V * LANES, (Floats)acc[i / V][i % V] * scale);
 }
+#endif
+
+struct InFloat32 {
+  template <int... I>
+  static constexpr auto sizes(std::integer_sequence<int, I...>) { return std::array{&outer<I / WIDE + 1, I % WIDE + 1>...}; }
+};
+struct InPairs {
+#ifdef __AVX512F__
+  template <int... I>
+  static constexpr auto sizes(std::integer_sequence<int, I...>) { return std::array{&outer_pairs<I / WIDE + 1, I % WIDE + 1>...}; }
+  static Floats rounded(Floats x, bfloat16* to) { return store_rounded(to, x); }
+#endif
+};
 
 // The same for `rows` <= STRIP rows and any number of vectors, in passes of about the same width.
-inline void outer_all(int64_t rows, int64_t vectors, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count,
-                      const float* keep, float* out, int64_t out_stride, const uint64_t* ahead) {
-  static constexpr auto sizes = outers(std::make_integer_sequence<int, STRIP * WIDE>());
+template <class Way, class A, class B, class... Scale>
+void outer_all(int64_t rows, int64_t vectors, const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t count, const float* keep, float* out,
+               int64_t out_stride, const uint64_t* ahead, Scale... scale) {
+  static constexpr auto sizes = Way::sizes(std::make_integer_sequence<int, STRIP * WIDE>());
   for (int64_t left = (vectors + WIDE - 1) / WIDE, done = 0; left > 0; --left) {
     const int64_t some = left == 1 ? vectors - done : (vectors - done + left - 1) / left;
-    sizes[(rows - 1) * WIDE + some - 1](a, a_stride, b + done * LANES, b_stride, count, keep, out + done * LANES, out_stride, ahead);
+    sizes[(rows - 1) * WIDE + some - 1](a, a_stride, b + done * LANES, b_stride, count, keep, out + done * LANES, out_stride, ahead, scale...);
     done += some;
   }
 }
@@ -176,17 +212,25 @@ struct State {
   void clear_out(int64_t values) { std::fill_n(out.data(), values, 0.f); }
 };
 
-// Attention of up to `tokens` tokens of one sequence with the `group` query heads that share a KV head.
+// Attention of up to `tokens` tokens of one sequence with the `group` query heads that share a KV head; with `Way` InPairs in bfloat16, where
+// weights are rounded to it and `dim` is whole vectors.
 //
 // A `view` is `Causal`, or has its members. A `source` has three, which decode to float32 from `key` on, as many keys below `end` as lie in
 // one piece, and return their number: keys(key, end, tile, to) to to[d * TILE + i] for key tile + i, what it leaves for others may be
-// anything; values(key, end, to) to to[i * width + d] for key + i, where `width` is dim in whole vectors; lines(key, end, to) names the
-// memory that both would read. `then(to)` names what the thread will read after this block.
-template <class T>
+// anything; values(key, end, tile, to) to to[i * width + d] for key tile + i, where `width` is dim in whole vectors; lines(key, end, to) names
+// the memory that both would read. In pairs they leave values d and d + 1 of a key at to[d / 2 * TILE + i], and those of keys tile + i and
+// tile + i + 1 at to[i / 2 * width + d], a key that was not asked for being zero. `then(to)` names what the thread will read after this block.
+template <class T, class Way = InFloat32>
 class Block {
+  static constexpr bool PAIRS = std::is_same_v<Way, InPairs>;
+  using Value = std::conditional_t<PAIRS, bfloat16, float>;  // of queries and weights
+  using Step = std::conditional_t<PAIRS, Pair, float>;       // of keys and values
+  static constexpr int64_t STEP = sizeof(Step) / sizeof(Value);
+
  public:
   Block(int64_t tokens, int64_t group, int64_t dim)
-      : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim), keys_(TILE * width_), values_(tokens * group > FEW ? TILE * width_ : 0),
+      : group_(group), dim_(dim), width_(whole(dim, LANES)), query_(tokens * group * dim / STEP), keys_(TILE * width_ / STEP),
+        values_(tokens * group > FEW ? TILE * width_ / STEP : 0),
         token_(tokens * group), part_(tokens * group, width_), all_(tokens * group, width_), lines_(std::max<int64_t>(dim, TILE)) {
     for (int64_t r = 0; r < tokens * group; ++r) token_[r] = static_cast<int>(r / group);
   }
@@ -236,13 +280,17 @@ class Block {
 
   template <class View>
   void start(const Queries<T>& to) {
-    const float factor = View::MASKED ? 1.f : LOG2E, scale = to.scale * factor;
+    const float factor = View::MASKED ? 1.f : LOG2E, scale = scale_ = to.scale * factor;
     rows_ = to.tokens * group_;
     all_.clear(rows_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t head = r - token_[r] * group_;
       if (to.sink) all_.top[r] = to.sink[head] * factor, all_.total[r][0] = 1.f;
       const T* from = to.q + token_[r] * to.stride + head * to.head_stride;
+      if constexpr (PAIRS) {
+        std::memcpy(query(r), from, dim_ * sizeof(bfloat16));
+        continue;
+      }
       float* row = &query_[r * dim_];
       int64_t d = 0;
       for (; d + LANES <= dim_; d += LANES) store(row + d, load(from + d) * scale);
@@ -260,13 +308,13 @@ class Block {
     // Few rows take a tile of values in the place of its keys, when all have their scores: one is then in the first-level cache with what it
     // is decoded from. Many rows would not have their scores there.
     const bool few = rows_ <= FEW;
-    float* values = few ? keys_.data() : values_.data();
+    Step *keys = reinterpret_cast<Step*>(keys_.data()), *values = few ? keys : reinterpret_cast<Step*>(values_.data());
     for (int64_t tile = first / TILE * TILE; tile < end; tile += TILE) {
       const int64_t next = tile + TILE;
       const auto fill = [&](auto&& piece) {
         for (int64_t key = std::max(first, tile); key < std::min(end, next);) key += piece(key, std::min(end, next));
       };
-      const auto fill_values = [&] { fill([&](int64_t key, int64_t stop) { return source.values(key, stop, values + (key - tile) * width_); }); };
+      const auto fill_values = [&] { fill([&](int64_t key, int64_t stop) { return source.values(key, stop, tile, values); }); };
       const auto each_strip = [&](auto&& act) {  // act(first row, rows, the keys of the tile that any of them sees, scores, keep)
         float *scores = scores_, *keep = keep_;
         for (int64_t r = 0, strip = 0; r < rows_; ++strip) {
@@ -280,12 +328,31 @@ class Block {
       };
       const auto score = [&](int64_t r, int64_t some, int64_t begin, int64_t stop, float* scores, float* keep) {
         const int low = static_cast<int>(begin / LANES * LANES), high = static_cast<int>(whole(stop, LANES));
-        outer_all(some, (high - low) / LANES, &query_[r * dim_], dim_, &keys_[low], TILE, dim_, nullptr, scores + low, TILE, lines_.take(dim_));
+        if constexpr (PAIRS)
+          outer_all<Way>(some, (high - low) / LANES, query(r), dim_, keys + low, TILE, dim_ / 2, nullptr, scores + low, TILE, lines_.take(dim_), scale_);
+        else
+          outer_all<Way>(some, (high - low) / LANES, query(r), dim_, keys + low, TILE, dim_, nullptr, scores + low, TILE, lines_.take(dim_));
         softmax(view, r, some, tile, low, high, scores, keep);
       };
       const auto add = [&](int64_t r, int64_t some, int64_t begin, int64_t stop, float* scores, float* keep) {
-        outer_all(some, width_ / LANES, scores + begin, TILE, values + begin * width_, width_, stop - begin, keep, &part_.out[r * width_], width_,
-                  lines_.take(stop - begin));
+        float* out = &part_.out[r * width_];
+        if constexpr (PAIRS) {
+          const bfloat16* weights = reinterpret_cast<const bfloat16*>(scores);
+          const int64_t low = begin / 2, high = (stop + 1) / 2;  // what the row does not see of these pairs has no weight
+          const auto add_pairs_of = [&](int64_t k, int64_t count, const Pair* from, const float* kept) {
+            outer_all<Way>(some, width_ / LANES, weights + 2 * k, 2 * TILE, from, width_, count, kept, out, width_, lines_.take(2 * count), 1.f);
+          };
+          if (!alone) return add_pairs_of(low, high - low, values + low * width_, keep);
+          for (int64_t k = low; k < high; ++k) {
+            static constexpr float whole_sum = 1.f;
+            const Pair seen = (2 * k < begin ? 0 : 0xffffu) | (2 * k + 1 < stop ? 0xffff0000u : 0);
+            for (int64_t d = 0; d < width_; d += LANES) store(&alone_[d], (Floats)(load_bits(values + k * width_ + d) & seen));
+            add_pairs_of(k, 1, reinterpret_cast<const Pair*>(alone_.data()), k > low ? &whole_sum : keep);
+          }
+        } else {
+          outer_all<Way>(some, width_ / LANES, scores + begin, TILE, values + begin * width_, width_, stop - begin, keep, out, width_,
+                         lines_.take(stop - begin));
+        }
       };
       lines_.clear();
       if (next < last) {
@@ -294,7 +361,7 @@ class Block {
         then(lines_);
       }
       lines_.end();
-      fill([&](int64_t key, int64_t stop) { return source.keys(key, stop, tile, keys_.data()); });
+      fill([&](int64_t key, int64_t stop) { return source.keys(key, stop, tile, keys); });
       if (few) {
         each_strip(score);
         fill_values();
@@ -345,8 +412,11 @@ class Block {
       float* s = scores + m * TILE;
       Floats total = part_.total[r + m] * keep[m];
       for (int j = low; j < high; j += LANES) {
-        const Floats x = weight<View>(load(s + j) - shift[m]);
-        store(s + j, x);
+        Floats x = weight<View>(load(s + j) - shift[m]);
+        if constexpr (PAIRS)
+          x = Way::rounded(x, reinterpret_cast<bfloat16*>(s) + j);  // they begin where the scores began, and take half of the place
+        else
+          store(s + j, x);
         total += x;
       }
       part_.total[r + m] = total;
@@ -391,13 +461,16 @@ class Block {
     return sum(zeros) == 0.f;
   }
 
+  Value* query(int64_t row) const { return reinterpret_cast<Value*>(query_.data()) + row * dim_; }
+
   const int64_t group_, dim_, width_;
-  Aligned query_, keys_, values_;
+  Aligned query_, keys_, values_, alone_{PAIRS ? width_ : 0};
   std::vector<int> token_;  // of each row
   State part_, all_;        // of a segment, and of all so far
   Lines lines_;
   alignas(64) float scores_[FEW * TILE], keep_[FEW * LANES];
   int64_t rows_ = 0;
+  float scale_ = 1;  // of scores, where queries do not have it
 };
 
 }  // namespace oxfuse

@@ -42,10 +42,11 @@ struct Pages {
     }
     return count;
   }
-  int64_t values(int64_t key, int64_t end, float* to) const {
+  int64_t values(int64_t key, int64_t end, int64_t tile, float* to) const {
     const auto [offset, first, count] = piece(key, end);
     const int64_t width = whole(dim, LANES);
     const T* from = all_values + offset + first * dim;
+    to += (key - tile) * width;
     if (dim == width) {
       widen_all(from, count * dim, to);
     } else {
@@ -53,6 +54,36 @@ struct Pages {
     }
     return count;
   }
+#ifdef __AVX512F__
+  // The same in pairs; a block of the cache, and a key or value, are whole vectors.
+  int64_t keys(int64_t key, int64_t end, int64_t tile, Pair* to) const {
+    const auto [offset, first, count] = piece(key, end);
+    const T* from = all_keys + offset;
+    const int64_t rows = dim, apart = block_size, low = first / LANES * LANES;
+    to += key - tile - (first - low);
+    for (int64_t i = low; i < first + count; i += LANES, to += LANES)
+#pragma GCC unroll 4
+      for (int64_t d = 0; d < rows; d += 2) {
+        const Bits pairs = pairs_of(from + d * apart + i, from + (d + 1) * apart + i);
+        std::memcpy(to + d / 2 * TILE, &pairs, sizeof(pairs));
+      }
+    return count;
+  }
+  int64_t values(int64_t key, int64_t end, int64_t tile, Pair* to) const {
+    const auto [offset, first, count] = piece(key, end);
+    const T* from = all_values + offset;
+    const int64_t width = dim, last = first + count;
+    to += (key - tile - first) / 2 * width;
+    for (int64_t i = first / 2 * 2; i < last; i += 2) {
+      const Pair asked = (i < first ? 0 : 0xffffu) | (i + 1 < last ? 0xffff0000u : 0);
+      for (int64_t d = 0; d < width; d += LANES) {
+        const Bits pairs = pairs_of(from + i * width + d, from + (i + 1) * width + d) & asked;
+        std::memcpy(to + i / 2 * width + d, &pairs, sizeof(pairs));
+      }
+    }
+    return count;
+  }
+#endif
   void lines(int64_t key, int64_t end, Lines& to) const {
     while (key < end) {
       const auto [offset, first, count] = piece(key, end);
@@ -188,11 +219,11 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
                         results + at, heads * dim};
     };
     // Calls each(block, item, its place, then) for all items.
-    const auto share = [&](const std::vector<Item>& items, auto&& each) {
+    const auto share_in = [&]<class Way>(Way, const std::vector<Item>& items, auto&& each) {
       const int64_t count = static_cast<int64_t>(items.size());
       std::atomic<int64_t> next{0};
       parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-        Block<T> work(longest, group, dim);
+        Block<T, Way> work(longest, group, dim);
         for (int64_t i = next.fetch_add(1); i < count;) {
           const int64_t following = next.fetch_add(1);
           each(work, items[i], i, [&](Lines& lines) {
@@ -207,19 +238,26 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
         }
       });
     };
+    const auto share = [&](const std::vector<Item>& items, auto&& each) {
+#ifdef __AVX512F__
+      if constexpr (std::is_same_v<T, bfloat16>)
+        if (multiplies_bfloat16() && dim % LANES == 0 && block_size % LANES == 0) return share_in(InPairs(), items, each);
+#endif
+      share_in(InFloat32(), items, each);
+    };
     if (!split) {
-      share(all, [&](Block<T>& work, const Item& item, int64_t, auto&& then) { work.run(to(item), view(item), source(item), then); });
+      share(all, [&](auto& work, const Item& item, int64_t, auto&& then) { work.run(to(item), view(item), source(item), then); });
       return;
     }
     std::vector<State> states;
     states.reserve(parts.size());
     for (const Item& item : parts) states.emplace_back(longest * group, width);
-    share(parts, [&](Block<T>& work, const Item& item, int64_t i, auto&& then) {
+    share(parts, [&](auto& work, const Item& item, int64_t i, auto&& then) {
       work.part(to(item), view(item), source(item), item.segment, states[i], then);
     });
     std::vector<int64_t> first_part(all.size());
     for (size_t i = 1; i < all.size(); ++i) first_part[i] = first_part[i - 1] + segments(all[i - 1]).second;
-    share(all, [&](Block<T>& work, const Item& item, int64_t i, auto&&) {
+    share(all, [&](auto& work, const Item& item, int64_t i, auto&&) {
       if (!work.template join<Causal>(to(item), &states[first_part[i]], segments(item).second))
         work.run(to(item), view(item), source(item), [](Lines&) {});
     });
