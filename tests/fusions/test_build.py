@@ -183,19 +183,17 @@ def assert_nan_stays(ops: OpsBuild, dtype: torch.dtype) -> None:
         dirty = cpp(ops, "sink_attention")(q, *rest)
         assert dirty[1:3].isnan().all()
         assert torch.equal(dirty[0], clean[0]) and torch.equal(dirty[3:], clean[3:])
-    for threads in (1, 4):
+    for name, threads in (("strips of all heights", 4), ("window longer than a tile", 1), ("window longer than a tile", 4)):
         torch.set_num_threads(threads)
-        q, *rest = case(ATTENTION, "strips of all heights", dtype)
-        clean = cpp(ops, "sink_attention")(q, *rest)
+        q, *rest = case(ATTENTION, name, dtype)
+        clean, starts, window = cpp(ops, "sink_attention")(q, *rest), rest[5], rest[9]
         for token in range(len(q)):  # at even places and at odd ones
-            dirty_values = rest[1].clone()
-            dirty_values[token] = torch.inf
-            dirty = cpp(ops, "sink_attention")(q, rest[0], dirty_values, *rest[2:])
-            off = ~(dirty == clean).flatten(1).all(1)
-            seen = torch.zeros_like(off)
-            sequence = torch.bucketize(token, rest[5], right=True)
-            seen[token : rest[5][sequence]] = True
-            assert torch.equal(off, seen)
+            values = rest[1].clone()
+            values[token] = torch.inf
+            dirty = cpp(ops, "sink_attention")(q, rest[0], values, *rest[2:])
+            seen = torch.zeros(len(q), dtype=torch.bool)
+            seen[token : min(token + window, int(starts[torch.bucketize(token, starts, right=True)]))] = True
+            assert torch.equal(~(dirty == clean).flatten(1).all(1), seen)
 
 
 def test_bfloat16_rounds_ties_to_even(ops: OpsBuild) -> None:
