@@ -8,7 +8,7 @@
 // them, or have them decoded here,
 //   Raw load(panel, block, c, part)        eight values (8 c .. 8 c + 7) of LANES rows, as they are stored
 //   void ask<CACHE>(panel, block, c)       to have the memory of those of all rows in that cache, and the block's scales
-//   NEAR, FAR                              blocks: how far ahead of what is multiplied or decoded it asks, for the first cache and for the
+//   NEAR, FAR                              blocks: how far ahead of what is multiplied it asks, for the first cache and for the
 //                                          second, which has room for more that is under way; 0: for that one not at all
 //   static Floats value(raw, k)            the k-th of the eight, without its scale
 //   Floats scale(panel, block, part)       the scales of LANES rows
@@ -132,6 +132,11 @@ struct Panels {
       w.template ask<F::FAR ? SECOND_CACHE : FIRST_CACHE>(left > 0 ? now[p] : then[p], left > 0 ? ahead : -left, c);
     }
   }
+  // The same of one of them while blocks are decoded: for those whose turn it is when all rows are multiplied with these.
+  ASK void ask_chunk(const F& w, int64_t block, int p, int c) const {
+    const int64_t ahead = block + CHUNK_BLOCKS, left = w.length / BLOCK - ahead;
+    w.template ask<SECOND_CACHE>(left > 0 ? now[p] : then[p], left > 0 ? ahead : -left, c);
+  }
 };
 
 // out[m][panel][row] of two panels for M rows of x, in float32.
@@ -221,7 +226,7 @@ void decode_wide(const F& w, const Panels<F>& panels, int64_t first, int64_t cou
     for (int i = 0; i < V; ++i) {
       to.scales[b][i] = w.scale(panels[i / PV], first + b, i % PV);
       for (int c = 0; c < 4; ++c) {
-        w.template ask<FIRST_CACHE>(panels[i / PV], first + b + F::NEAR, c);
+        panels.ask_chunk(w, first + b, i / PV, c);
         const typename F::Raw raw = w.load(panels[i / PV], first + b, c, i % PV);
 #pragma GCC unroll 8
         for (int k = 0; k < 8; ++k) store(to.values + ((b * BLOCK + 8 * c + k) * V + i) * LANES, F::value(raw, k));
@@ -307,7 +312,7 @@ void decode_bytes(const F& w, const Panels<F>& panels, int64_t first, int64_t co
     for (int i = 0; i < V; ++i) {
       to.scales[b][i] = w.scale(panels[i / PV], first + b, i % PV) * F::UNIT;
       for (int c = 0; c < 4; ++c) {
-        w.template ask<FIRST_CACHE>(panels[i / PV], first + b + F::NEAR, c);
+        panels.ask_chunk(w, first + b, i / PV, c);
         const typename F::Raw raw = w.load(panels[i / PV], first + b, c, i % PV);
         to.values[b][2 * c][i] = F::bytes(raw, 0);
         to.values[b][2 * c + 1][i] = F::bytes(raw, 1);

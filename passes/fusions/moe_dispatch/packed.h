@@ -94,7 +94,7 @@ inline __m512i e2m1_table() {  // as bfloat16, twice
 
 // Decodes blocks of two panels to scaled bfloat16, pairs of values beside each other: to[k / 2][panel][row][k % 2]. Returns whether all are
 // exact, which scales at the ends of their range prevent: multiplying bfloat16 takes subnormal values for 0.
-inline bool decode_pairs(const Panels<Mxfp4>& panels, int64_t first, int64_t count, __m512i* to) {
+inline bool decode_pairs(const Mxfp4& w, const Panels<Mxfp4>& panels, int64_t first, int64_t count, __m512i* to) {
   const __m512i values = e2m1_table();
   // A scale adds to the exponent, but a zero has none: values are raised, zeros are not, and what is taken off stops at zero.
   constexpr int RAISED = 124 << 7;
@@ -112,7 +112,7 @@ inline bool decode_pairs(const Panels<Mxfp4>& panels, int64_t first, int64_t cou
       const __m512i off = _mm512_slli_epi16(_mm512_or_si512(_mm512_slli_epi32(wide, 16), wide), 7);
       for (int c = 0; c < 4; ++c) {
         const __m512i lanes = _mm512_loadu_si512(block + c * 64);
-        _mm_prefetch(reinterpret_cast<const char*>(block + CHUNK_BLOCKS * BLOCK_BYTES + c * 64), _MM_HINT_T1);
+        panels.ask_chunk(w, first + b, p, c);
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n)
           to[(b * 16 + 4 * c + n) * PAIR + p] = _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4 * n), table), off);
@@ -231,7 +231,7 @@ inline void decode_words(const Mxfp4& w, const Panels<Mxfp4>& panels, int64_t fi
     for (int64_t b = 0; b < count; ++b) {
       factors[b][p] = w.scale(panels[p], first + b, 0) * Mxfp4::UNIT;
       for (int c = 0; c < 4; ++c) {
-        w.ask<FIRST_CACHE>(panels[p], first + b + w.NEAR, c);
+        panels.ask_chunk(w, first + b, p, c);
         const __m512i lanes = (__m512i)w.load(panels[p], first + b, c, 0);
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) to[(b * 16 + 4 * c + n) * PAIR + p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(lanes, 4 * n), table);
@@ -300,7 +300,7 @@ inline bool multiply_specially(const Mxfp4& w, const Panels<Mxfp4>& panels, cons
       for_tiles(m, HELD_ROWS, [&](int64_t first, int64_t some) {
         advance_word_rows(some, decoded, scratch.wide.scales, x.from(first, b), count, scratch.out + first * WIDTH);
       });
-    } else if (decode_pairs(panels, b, count, decoded)) {
+    } else if (decode_pairs(w, panels, b, count, decoded)) {
       for_tiles(m, HELD_ROWS, [&](int64_t first, int64_t some) {
         advance_pair_rows(some, decoded, x.from(first, b), count, scratch.out + first * WIDTH);
       });
