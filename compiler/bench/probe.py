@@ -20,15 +20,28 @@ TICK = os.sysconf("SC_CLK_TCK")
 PROBE_BYTES = 512 << 20  # larger than any cache by far
 
 
-def read_bandwidth(threads: int, rounds: int = 5) -> float:
-    """Return the bytes a second that `threads` read from memory: the best of three probes and `rounds`.
+class BandwidthProbe:
+    """Reads one block of memory again and again with `threads`. It stays in place: where a block lies changes what it gives.
 
-    A sum alone understates it: kernels that stream rows of weights were seen above it. Restores torch's threads.
+    Sums alone understate the bandwidth: kernels that stream rows of weights were seen above them.
     """
-    data = torch.ones(PROBE_BYTES // 4)
-    rows, vector = data.view(-1, 4096), torch.ones(4096)
-    probes: tuple[Callable[[], object], ...] = (data.sum, data.amax, lambda: rows @ vector)
-    return PROBE_BYTES / _fastest(probes, threads, rounds)
+
+    def __init__(self, threads: int) -> None:
+        data = torch.ones(PROBE_BYTES // 4)
+        rows, vector = data.view(-1, 4096), torch.ones(4096)
+        self._threads = threads
+        self._readers: tuple[Callable[[], object], ...] = (data.sum, data.amax, lambda: rows @ vector)
+
+    def __call__(self, rounds: int = 1) -> float:
+        """Return the bytes a second read now: the best of all readers and `rounds`. Restores torch's threads."""
+        return PROBE_BYTES / _fastest(self._readers, self._threads, rounds)
+
+
+def read_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Return the bytes a second that `threads` read from memory: the best of `rounds` of a new `BandwidthProbe`."""
+    probe = BandwidthProbe(threads)
+    probe()  # the first passes wake threads and fill the tables of pages
+    return probe(rounds)
 
 
 def matmul_peak(
@@ -52,7 +65,6 @@ def _fastest(probes: Sequence[Callable[[], object]], threads: int, rounds: int) 
     try:
         best = float("inf")
         for probe in probes:
-            probe()
             for _ in range(rounds):
                 began = time.perf_counter()
                 probe()

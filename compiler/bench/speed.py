@@ -24,7 +24,7 @@ from oxfuse.compiler.bench.contenders import Contender
 from oxfuse.compiler.bench.cost import Cost, cost_of
 from oxfuse.compiler.bench.engines import PEER, EngineSpec
 from oxfuse.compiler.bench.footprint import Footprint, footprints
-from oxfuse.compiler.bench.probe import ForeignLoad, matmul_peak, read_bandwidth
+from oxfuse.compiler.bench.probe import BandwidthProbe, ForeignLoad, matmul_peak
 from oxfuse.compiler.bench.speed_result import Agreement, Figure, SpeedResult
 from oxfuse.compiler.bench.worker_process import ATTEMPTS, Worker, best_implementation, take_quietly
 from oxfuse.compiler.phases import Progress, silent
@@ -34,6 +34,7 @@ from oxfuse.runtime.manifest import Manifest, read_manifest
 from oxfuse.runtime.units import size_text
 
 VECTOR_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+SLICE = 8  # tokens decoded between two probes: a shared memory's speed changes within seconds
 AGREEMENT_PROMPTS = (1, 7, 40, 100, 128, 129, 300, 512)
 """Tokens of the prompts whose last logits are compared, on both sides of a window of 128."""
 
@@ -111,8 +112,10 @@ def measure_speed(
     bandwidths: dict[int, list[float]] = {}
     peaks, int8_peaks = [matmul_peak(plan.threads)], [matmul_peak(plan.threads, dtypes=(torch.int8,))]
 
+    bandwidth = BandwidthProbe(plan.threads)
+
     def probe_bandwidth(size: int) -> float:
-        found = read_bandwidth(plan.threads, rounds=2)
+        found = bandwidth()
         bandwidths.setdefault(size, []).append(found)
         return found
 
@@ -229,7 +232,7 @@ def _phase(
 ) -> list[Figure]:
     """Take the samples of all engines in one phase, in turns.
 
-    Probes stand around each turn of a decode; of a prefill, they begin each round.
+    Probes stand between slices of each turn of a decode; of a prefill, they begin each round.
 
     An artifact is also measured at the phase's first size in the same turn: the machine's speed changes from phase to phase.
     """
@@ -250,10 +253,7 @@ def _phase(
             worker.ask(do="context" if phase == "decode" else "prefill", tokens=n)  # warms up what others' trials cooled
     load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
     for done in range(plan.rounds):
-        before = None
-        if phase == "decode":
-            before = probe_bandwidth(size)
-        else:
+        if phase == "prefill":
             probe_peaks()
         for worker, figure in turns if done % 2 == 0 else turns[::-1]:
             progress(f"{phase} {size}", done / plan.rounds)
@@ -261,21 +261,33 @@ def _phase(
             if figure.near_size:
                 into.append((figure.near, figure.near_size))
             for samples, n in into if done % 2 == 0 else into[::-1]:
-                value, disturbed = take_quietly(functools.partial(_sample, worker, phase, n, plan.tokens), load)
+                if phase == "decode":
+                    take = functools.partial(_decode_turn, worker, n, plan.tokens, functools.partial(probe_bandwidth, size))
+                else:
+                    take = functools.partial(_prefill_turn, worker, n)
+                (value, beside), disturbed = take_quietly(take, load)
                 samples.append(value)
                 figure.discarded += disturbed
-            if before is not None:
-                after = probe_bandwidth(size)
-                figure.bandwidths.append(max(before, after))
-                before = after
+                if samples is figure.samples:
+                    figure.bandwidths += beside
     return [figure for _, figure in turns]
 
 
-def _sample(worker: Worker, phase: str, size: int, tokens: int) -> float:
-    """Return seconds a token: of a prefill, or the median of `tokens` decoded in the sequence that began with `size`."""
-    if phase == "prefill":
-        return float(worker.ask(do="prefill", tokens=size)["seconds"]) / size
-    return float(statistics.median(worker.ask(do="decode", tokens=tokens, context=size)["seconds"]))
+def _prefill_turn(worker: Worker, size: int) -> tuple[float, list[float]]:
+    """Return seconds a token of a prompt, and no bandwidth."""
+    return float(worker.ask(do="prefill", tokens=size)["seconds"]) / size, []
+
+
+def _decode_turn(worker: Worker, size: int, tokens: int, probe: Callable[[], float]) -> tuple[float, list[float]]:
+    """Return medians of a turn: seconds of a token, `tokens` decoded in the sequence that began with `size`, and the bandwidth.
+
+    Both are of the same stretch of time: slices of tokens and probes take turns in it, beginning and ending with a probe.
+    """
+    seconds, reads = list[float](), [probe()]
+    for first in range(0, tokens, SLICE):
+        seconds += worker.ask(do="decode", tokens=min(SLICE, tokens - first), context=size)["seconds"]
+        reads.append(probe())
+    return statistics.median(seconds), [statistics.median(reads)]
 
 
 def machine_facts() -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Figure:
 
     `work` is what the floor comes from: bytes that a decoded token reads, operations of a token of a prefill. `near`: samples
     at `near_size`, the phase's first, that were taken in the same turns; 0: none were. `bandwidths`: bytes a second that the
-    machine read beside each sample of a decode, the larger of what probes before and after it found.
+    machine read meanwhile, one a sample of a decode: the median of probes between slices of its turn.
     """
 
     engine: str
@@ -91,8 +91,8 @@ class Agreement:
 class SpeedResult:
     """A run. `bandwidths` in bytes a second, `peak` and `int8_peak` in operations a second, all measured in this run.
 
-    Bandwidth was probed in each round of each context's decoding, as if it were an engine: on a machine that others share it
-    changes by a quarter within minutes. The median of a context's probes sets its floors, as medians are compared with them.
+    Bandwidth was probed within each turn of each context's decoding: on a machine that others share it changes by a quarter
+    within seconds. The medians of turns set floors, as medians are compared with them.
     `peak` is what torch's best matmul reaches, or half of `int8_peak`: an instruction takes half as many numbers of 16 bits.
     `engines` are by key, as are their `versions`.
     """
@@ -153,7 +153,7 @@ class SpeedResult:
         lines = [
             f"{self.artifact}, {machine['processor']}, {self.threads} threads of {machine['cores']} cores, torch "
             f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes "
-            f"before and after each turn: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
+            f"between slices of turns: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
             f"in int8 {self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
             "",
             "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
@@ -168,7 +168,7 @@ class SpeedResult:
             )
         lines += [
             "",
-            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth beside its turns (decode; of "
+            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth within its turns (decode; of "
             "the floor is the median over turns); operations over the peak of the arithmetic that it may use (prefill).",
             "",
             *self._bar_lines(),
