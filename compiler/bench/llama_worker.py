@@ -84,7 +84,8 @@ def answer(engine: Llama, request: dict[str, Any]) -> dict[str, Any]:
         return {}
     if request["do"] == "loaded":
         return {"seconds": engine.load_seconds}
-    ids = tokens_for(request["tokens"], engine.vocab_size)
+    first = request.get("first", 0)
+    ids = tokens_for(first + request["tokens"], engine.vocab_size)[first:]
     if request["do"] == "decode":
         seconds = []
         for token in ids:

@@ -39,9 +39,7 @@ class BandwidthProbe:
 
 def read_bandwidth(threads: int, rounds: int = 5) -> float:
     """Return the bytes a second that `threads` read from memory: the best of `rounds` of a new `BandwidthProbe`."""
-    probe = BandwidthProbe(threads)
-    probe()  # the first passes wake threads and fill the tables of pages
-    return probe(rounds)
+    return BandwidthProbe(threads)(rounds)
 
 
 def matmul_peak(
@@ -65,6 +63,7 @@ def _fastest(probes: Sequence[Callable[[], object]], threads: int, rounds: int) 
     try:
         best = float("inf")
         for probe in probes:
+            probe()
             for _ in range(rounds):
                 began = time.perf_counter()
                 probe()

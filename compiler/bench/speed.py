@@ -109,10 +109,8 @@ def measure_speed(
         contenders = [contender for contender in contenders if contender.spec.key not in absent]
         _check_memory(found)
     progress("probing the machine", None)
-    bandwidths: dict[int, list[float]] = {}
+    bandwidth, bandwidths = BandwidthProbe(plan.threads), dict[int, list[float]]()
     peaks, int8_peaks = [matmul_peak(plan.threads)], [matmul_peak(plan.threads, dtypes=(torch.int8,))]
-
-    bandwidth = BandwidthProbe(plan.threads)
 
     def probe_bandwidth(size: int) -> float:
         found = bandwidth()
@@ -285,7 +283,7 @@ def _decode_turn(worker: Worker, size: int, tokens: int, probe: Callable[[], flo
     """
     seconds, reads = list[float](), [probe()]
     for first in range(0, tokens, SLICE):
-        seconds += worker.ask(do="decode", tokens=min(SLICE, tokens - first), context=size)["seconds"]
+        seconds += worker.ask(do="decode", tokens=min(SLICE, tokens - first), first=first, context=size)["seconds"]
         reads.append(probe())
     return statistics.median(seconds), [statistics.median(reads)]
 

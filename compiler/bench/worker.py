@@ -5,7 +5,8 @@ since two in one share a thread pool and an allocator, and disturb each other ev
 
     {"do": "prefill", "tokens": n}            -> {"seconds", "logits"}   n seeded tokens, logits of the last
     {"do": "context", "tokens": n}            -> {}                      begin a sequence of n tokens and keep it
-    {"do": "decode", "tokens": n}             -> {"seconds": [n]}        continue it, or with "context": m that of m tokens
+    {"do": "decode", "tokens": n}             -> {"seconds": [n]}        continue it, or with "context": m that of m tokens,
+                                                                         with "first": k by the seeded tokens from k on
     {"do": "choose", "implementation": name}  -> {}                      of those in {"implementations"} of the first answer
     {"do": "loaded"}                          -> {"seconds"}             that loading took, imports left out
 
@@ -178,7 +179,8 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         return {}
     if request["do"] == "loaded":
         return {"seconds": engine.load_seconds}
-    ids = tokens_for(request["tokens"], engine.vocab_size)
+    first = request.get("first", 0)
+    ids = tokens_for(first + request["tokens"], engine.vocab_size)[first:]
     if request["do"] == "decode":
         if "context" in request:
             engine.resume(request["context"])

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oxfuse.compiler.bench import gguf_file
+from oxfuse.compiler.bench import gguf_file, llama_worker, worker
 from oxfuse.compiler.bench.contenders import of_llama
 from oxfuse.compiler.bench.cost import Cost
 from oxfuse.compiler.bench.engines import ENGINES, LLAMA_BF16, LLAMA_Q8, EngineSpec
@@ -125,6 +127,15 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_engines_are_given_the_same_tokens() -> None:
     assert tokens_of_llama(50, 1000) == tokens_for(50, 1000) and tokens_for(20, 1000) == tokens_for(50, 1000)[:20]
+
+
+@pytest.mark.parametrize("module", [worker, llama_worker])
+def test_slices_of_a_turn_continue_its_tokens(module: Any) -> None:
+    engine = mock.Mock(vocab_size=1000)
+    answer = module.answer if module is llama_worker else module._answer
+    for first, count in ((0, 8), (8, 8), (16, 3)):
+        assert len(answer(engine, {"do": "decode", "tokens": count, "first": first})["seconds"]) == count
+    assert [call.args[0] for call in engine.decode.call_args_list] == tokens_for(19, 1000)
 
 
 def test_interpreter_is_found_or_said_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
