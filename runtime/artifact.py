@@ -33,7 +33,7 @@ from oxfuse.runtime.manifest import (
     read_manifest,
 )
 from oxfuse.runtime.model import CompiledModel
-from oxfuse.runtime.program import Program, load_ops_library
+from oxfuse.runtime.program import Program, load_ops_library, team_switch
 from oxfuse.runtime.tokenizer import TextTokenizer
 from oxfuse.runtime.weights import check_weight_file, damaged, damaged_weights, hash_weights, map_tensors
 
@@ -127,8 +127,11 @@ def _host_engine(
     cache_bytes: int | None,
     prefix_cache_bytes: int | None,
 ) -> Engine:
+    team = None
     if manifest.ops_library:
         load_ops_library(folder, manifest.ops_library)
+        if manifest.cache.dtype == "bfloat16":  # in float32 torch multiplies the dense layers, with its own threads
+            team = team_switch(manifest.ops_library.probe)
     weights: dict[str, Tensor] = {}
     for file in manifest.weights:
         weights |= map_tensors(folder / file.path)
@@ -140,6 +143,7 @@ def _host_engine(
         cache_bytes=cache_bytes,
         prefix_cache_bytes=prefix_cache_bytes,
         threads=threads,
+        team=team,
     )
 
 

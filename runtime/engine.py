@@ -21,6 +21,7 @@ from oxfuse.runtime.device import Best, Device, HostDevice, Outcome, Step
 from oxfuse.runtime.errors import InternalError
 from oxfuse.runtime.manifest import CacheSpec, Limits
 from oxfuse.runtime.prefix import PrefixCache
+from oxfuse.runtime.program import TEAM_ROWS, TeamSwitch
 from oxfuse.runtime.sequence import Feed, TokenSequence, split_feeds
 
 KEPT_BYTES = 8 << 20
@@ -45,16 +46,18 @@ class Engine:
         prefix_cache_bytes: int | None = 0,
         threads: int | None = None,
         device: Device | None = None,
+        team: TeamSwitch | None = None,
     ) -> None:
         """Allocate the caches, on the CPU by default.
 
         `chunk` tokens of one sequence at most go into a step; `reserve` tokens beyond the window stay in a sliding group
         (default: one chunk), so that a rewind of that many needs no recomputation. Blocks of up to `prefix_cache_bytes` bytes
         stay when no sequence holds them, for those that begin with the same tokens (None: `prefix_bound`'s default); 0: none
-        do, and running sequences share none either. `threads` holds during steps only. Raises UserError where `cache_bytes` is
-        too small.
+        do, and running sequences share none either. `threads` holds during steps only; `team` is what `team_switch`
+        returns. Raises UserError where `cache_bytes` is too small.
         """
         self.step, self.cache, self.limits, self.threads = step, cache, limits, threads
+        self._team, self._regions = team, 0  # OpenMP's threads before the step, 0 where the team has none
         self.device = HostDevice() if device is None else device
         self.chunk = prefill_chunk(limits, chunk)
         self.reserve = self.chunk if reserve is None else reserve
@@ -196,6 +199,21 @@ class Engine:
     def _short(self, needs: Sequence[int]) -> bool:
         return any(need > pool.free for need, pool in zip(needs, self.pools, strict=True))
 
+    def enter(self, feeds: Sequence[Feed]) -> None:
+        """Prepare this thread for a step of `feeds` and what follows from its logits; `leave` undoes it.
+
+        Of few tokens the ops' own threads multiply; torch's would be in their way, so it uses this one alone meanwhile.
+        """
+        if self._team and sum(feed.count for feed in feeds) <= TEAM_ROWS:
+            self._regions = torch.get_num_threads()  # before the call: an interrupt may come after it
+            self._team(self.threads or self._regions, 1)
+
+    def leave(self) -> None:
+        """Undo `enter`."""
+        if self._team and self._regions:
+            self._team(0, self._regions)
+            self._regions = 0
+
     def run(self, feeds: Sequence[Feed]) -> list[Answer]:
         """Run secured feeds and return what each gets for its wanted rows.
 
@@ -246,7 +264,7 @@ class Engine:
         gradients = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            if self.threads is None:
+            if self.threads is None or self._regions:
                 return self.device.run(self.step, feeds, rows, self.caches, greedy=greedy)
             with _threads_lock:  # two models with different numbers must not restore each other's
                 before = torch.get_num_threads()

@@ -8,6 +8,7 @@ because it dereferences a missing one.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from oxfuse.runtime.errors import InternalError, UserError, shown
 from oxfuse.runtime.library import DTYPE_CODES, Library, borrow, loadable_path
 from oxfuse.runtime.manifest import OpsLibrary, ProgramSpec
 from oxfuse.runtime.weights import damaged
+
+TeamSwitch = Callable[[int, int], None]
 
 
 def has_op(qualified: str) -> bool:
@@ -41,6 +44,23 @@ def load_ops_library(folder: Path, spec: OpsLibrary) -> None:
         raise UserError(f"{path} cannot be loaded: {error}. Compile the checkpoint again on this machine.") from error
     if not has_op(spec.probe):
         raise damaged(path, f"does not register the op {spec.probe}")
+
+
+TEAM_ROWS = 4
+"""Tokens of a step that the C++ ops' own threads share; passes/fusions/threads.h has the same number."""
+
+
+def team_switch(probe: str) -> TeamSwitch | None:
+    """Return the function of the loaded C++ ops, `probe` among them, that has threads of their own share steps of few tokens.
+
+    It is called as `switch(threads, regions)` on the thread that runs the step: with the number of threads and 1 before it, with
+    0 and torch's number of threads after it. None where the ops are of an older version, without threads of their own.
+    """
+    name = f"few_{probe.rpartition('_')[2]}_address"
+    if not has_op(f"oxfuse::{name}"):
+        return None
+    kind = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)  # it keeps the global lock: it takes 50 ns
+    return kind(getattr(torch.ops.oxfuse, name)())
 
 
 class Program:

@@ -180,6 +180,7 @@ class Scheduler:
         wanted = [feed.wanted() for feed in plan.values()]
         undelivered = dict.fromkeys(plan)
         try:
+            self.engine.enter([*plan.values()])
             results = self.engine.run([*plan.values()])
             for job, indices, answer in zip(plan, wanted, results, strict=True):
                 if len(indices):
@@ -193,6 +194,8 @@ class Scheduler:
                 self.engine.release(job.sequence)
                 job.again = True
             raise
+        finally:
+            self.engine.leave()
         self._sweep()
 
     def _deliver(self, job: Job, indices: Sequence[int], answer: Answer) -> None:

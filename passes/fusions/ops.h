@@ -11,18 +11,15 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
-#ifdef OXFUSE_OWN_THREADS
-#include <thread>
-#endif
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "threads.h"
 #include "vector.h"
 
 // Registers `function` as oxfuse::<function>_<tag>. The tag is a hash of the sources: two artifacts in one process may bring ops of
@@ -95,51 +92,6 @@ struct Direct<function> {
   }
   static int64_t address() { return reinterpret_cast<int64_t>(&call); }
 };
-
-#ifdef OXFUSE_OWN_THREADS
-// Threads that ThreadSanitizer follows, as it does not follow torch's pool; and as many of them as torch would at most take, however little
-// there is to do, so that small inputs meet every race.
-constexpr int64_t GRAIN = 1;
-constexpr bool EACH_TAKES = true;  // of what threads share each has the first piece for sure, or the first one awake would take all of a small input
-
-template <class Body>
-void parallel_for(int64_t begin, int64_t end, int64_t, const Body& body) {
-  const int64_t items = std::max<int64_t>(0, end - begin), parts = std::min<int64_t>(items, torch::stable::get_num_threads());
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < parts; ++i)
-    threads.emplace_back([&, i] { body(begin + items * i / parts, begin + items * (i + 1) / parts); });
-  for (std::thread& thread : threads) thread.join();
-}
-#else
-constexpr int64_t GRAIN = 65536;  // multiplications below which a thread is not worth waking
-constexpr bool EACH_TAKES = false;
-
-using torch::stable::parallel_for;
-#endif
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Calls body(next) on threads that `work` multiplications are worth. What next() returns are pieces of 0 to `items`, and then empty ones: whoever is
-// free takes the next one, of at most `most` and of fewer the fewer are left, so that nobody waits long for a slower one.
-template <class Body>
-void share(int64_t items, int64_t most, int64_t work, const Body& body) {
-  const int64_t threads = std::min<int64_t>({items, 1 + work / GRAIN, torch::stable::get_num_threads()});
-  std::atomic<int64_t> taken{EACH_TAKES ? threads : 0};
-  const auto next = [&]() -> Range {
-    int64_t begin = taken.load(std::memory_order_relaxed), end;
-    do {
-      if (begin == items) return {items, items};
-      end = begin + std::clamp<int64_t>((items - begin) / (2 * threads), 1, most);
-    } while (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return {begin, end};
-  };
-  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    bool first = EACH_TAKES;
-    body([&]() -> Range { return std::exchange(first, false) ? Range{thread, thread + 1} : next(); });
-  });
-}
 
 // Refuses what the caller passed. The message is an expression of strings that is evaluated where it is needed alone; torch's own
 // macro would cost a stream for each.

@@ -12,6 +12,7 @@
 //                                          second, which has room for more that is under way; 0: for that one not at all
 //   static Floats value(raw, k)            the k-th of the eight, without its scale
 //   Floats scale(panel, block, part)       the scales of LANES rows
+//   Reading reading(items, some)           what is read where an item is `some` panels
 // and for activations of 8 bits also
 //   static Bits bytes(raw, half)           four values of each row as bytes, values 0 4 1 5 of the eight or 2 6 3 7: ZERO + value / UNIT
 #pragma once
@@ -435,13 +436,13 @@ void multiply_panels(const F& w, PanelPair now, PanelPair then, const Activation
 }
 
 // Calls out(group, first panel, scratch) for all products of groups of rows with the panels of their experts, two panels at a time; four follow
-// each other on one thread, from a multiple of four on.
+// each other on one thread, from a multiple of four on. The rows are those of `tokens` tokens.
 template <class F, class Out>
-void for_each_panel_pair(const F& w, const Places& places, const Activations& x, Out&& out) {
+void for_each_panel_pair(const F& w, const Places& places, const Activations& x, int64_t tokens, Out&& out) {
   const int64_t pairs = (w.panels + PAIR - 1) / PAIR, twos = (pairs + 1) / 2, items = places.groups.size() * twos, rows = places.group.size();
   if (!items) return;
   const int64_t most = (twos + 11) / 12;  // a dozenth of an expert
-  share(items, most, rows * w.panels * PANEL_ROWS * w.length, [&](const auto& next) {
+  share(tokens, items, most, rows * w.panels * PANEL_ROWS * w.length, w.reading(items, 2 * PAIR), [&](const auto& next) {
     const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
     const auto first_of = [&](int64_t item) { return PanelPair{places.groups[item / twos].expert, item % twos * 2 * PAIR}; };
     for (Range part = next(); part.begin < part.end; part = next())

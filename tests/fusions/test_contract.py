@@ -20,6 +20,7 @@ from oxfuse.passes.fusions.build import OpsBuild
 from oxfuse.passes.fusions.contract import OpCase
 from oxfuse.passes.fusions.isa import resolve_isa
 from oxfuse.runtime.machine import cpu_features
+from oxfuse.runtime.program import team_switch
 
 DTYPES = [torch.float32, torch.bfloat16]
 FEATURES = cpu_features()
@@ -175,11 +176,17 @@ def test_cpp_op_is_the_same_for_any_number_of_threads(case: OpCase, dtype: torch
 
 def assert_same_for_threads(case: OpCase, dtype: torch.dtype, ops: OpsBuild, counts: tuple[int, ...]) -> None:
     results = []
+    switch = team_switch(ops.names[case.op])
+    assert switch is not None
     for count in counts:
         args = case.args(dtype)
         torch.set_num_threads(count)
         results.append((*tensors(op(ops.names[case.op])(*args)), *args))
         torch.set_num_threads(1)
+        args = case.args(dtype)
+        switch(count, 1)
+        results.append((*tensors(op(ops.names[case.op])(*args)), *args))
+        switch(0, 1)
     for result in results[1:]:
         assert_same_bits(result, results[0])
 

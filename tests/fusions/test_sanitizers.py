@@ -157,7 +157,7 @@ BROKEN = {  # (sanitizer, file, what is replaced by what, what is reported)
     "panels that threads share": (
         THREAD,
         "panels.h",
-        [(SCRATCH, ""), ("  share(items,", SCRATCH + "  share(items,")],
+        [(SCRATCH, ""), ("  share(tokens,", SCRATCH + "  share(tokens,")],
         r"ThreadSanitizer: data race",
     ),
 }

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from oxfuse.runtime.errors import InternalError, UserError
 from oxfuse.runtime.model import CompiledModel
+from oxfuse.runtime.program import TEAM_ROWS
 
 from .toy import VOCAB, ToyModel, tokens, toy_engine
 
@@ -257,3 +258,31 @@ def test_thread_count_holds_during_steps_only(open_model: Open, toy: ToyModel) -
     model.scheduler.engine.step, before = watch, torch.get_num_threads()
     model.generate(tokens(3), max_new_tokens=2)
     assert seen == [3, 3] and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [None, 3])
+def test_the_team_has_steps_of_few_tokens(threads: int | None, open_model: Open, toy: ToyModel) -> None:
+    """It is left after each, also after one that fails."""
+    calls, steps = list[tuple[int, int]](), list[tuple[int, bool]]()
+
+    def team(own: int, regions: int) -> None:
+        calls.append((own, regions))
+
+    model = open_model(threads=threads, team=team)
+    healthy = model.scheduler.engine.step
+
+    def watch(inputs: list[Tensor]) -> Tensor:
+        steps.append((len(inputs[0]), len(calls) % 2 == 1))
+        if len(steps) == 6:
+            raise RuntimeError("out of order")
+        return healthy(inputs)
+
+    model.scheduler.engine.step, before = watch, torch.get_num_threads()
+    with model.session() as session:
+        for count in (TEAM_ROWS + 1, TEAM_ROWS, 1):
+            session.prefill(tokens(count))
+        model.generate(tokens(3), max_new_tokens=2)
+        assert steps == [(TEAM_ROWS + 1, False), (TEAM_ROWS, True), (1, True), (3, True), (1, True)]
+        with pytest.raises(RuntimeError, match="out of order"):
+            session.decode(1)
+    assert calls == [(threads or before, 1), (0, before)] * 5

@@ -51,6 +51,7 @@ struct DensePanels {
   DensePanels(const bfloat16* values, int64_t rows, int64_t width)
       : values(values), rows(rows), width(width), panels((rows + PANEL_ROWS - 1) / PANEL_ROWS), length(round_up(width, BLOCK)) {}
   Panel at(int64_t, int64_t panel) const { return panel * PANEL_ROWS; }
+  Reading reading(int64_t items, int64_t some) const { return {values, items, some * PANEL_ROWS * width * int64_t{sizeof(bfloat16)}}; }
   // Row `row`, or the last one past the end: what is made of it is not used.
   const bfloat16* row(int64_t row) const { return values + std::min(row, rows - 1) * width; }
 };
@@ -139,7 +140,9 @@ template <int M>
 static void multiply_rows(const float* x, int64_t stride, const bfloat16* weight, int64_t rows, int64_t length, const std::optional<Values>& bias,
                           bfloat16* out) {
   constexpr int R = streams_of(M);
-  share((rows + R - 1) / R, std::max<int64_t>(1, PART / (R * length)), M * rows * length, [&](const auto& next) {
+  const int64_t items = (rows + R - 1) / R;
+  const Reading reading{weight, items, R * length * int64_t{sizeof(bfloat16)}};
+  share(M, items, std::max<int64_t>(1, PART / (R * length)), M * rows * length, reading, [&](const auto& next) {
     for (Range part = next(); part.begin < part.end; part = next()) {
       const int64_t apart = part.end - part.begin, first = part.begin * R;  // a stream reads so many rows, one after the other
       for (int64_t row = first; row < first + apart; ++row) {
@@ -205,7 +208,7 @@ static Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
     const DensePanels panels(rows_from, rows, length);
     const Places places({0, tokens}, panels.length / BLOCK);
     const Buffer<float> wide = widened(from, tokens, length, places);
-    for_each_panel_pair(panels, places, {wide.get()}, [&](const Group& group, int64_t panel, const PanelScratch& scratch) {
+    for_each_panel_pair(panels, places, {wide.get()}, tokens, [&](const Group& group, int64_t panel, const PanelScratch& scratch) {
       store_results(scratch.out, group, panel, rows, added, to);
     });
     return out;

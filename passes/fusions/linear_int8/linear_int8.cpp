@@ -24,6 +24,7 @@ struct Int8 {
     const int64_t block = panel * (length / BLOCK);
     return {values + block * BLOCK * PANEL_ROWS, factors + block * PANEL_ROWS};
   }
+  Reading reading(int64_t items, int64_t some) const { return {values, items, some * PANEL_ROWS * length}; }
   Raw load(const Panel& panel, int64_t block, int c, int part) const {
     const uint8_t* from = panel.blocks + block * BLOCK * PANEL_ROWS + c * 128 + part * LANES * 4;
     return {load_bits(from), load_bits(from + 64)};
@@ -58,7 +59,7 @@ static void multiply(const T* x, int64_t tokens, int64_t length, const Int8& w, 
     wide = widened(x, tokens, length, places);
   }
   const Activations from{.wide = wide.get(), .bytes = bytes ? bytes->numbers() : Numbers<int8_t>{}};
-  for_each_panel_pair(w, places, from,
+  for_each_panel_pair(w, places, from, tokens,
                       [&](const Group& group, int64_t panel, const PanelScratch& scratch) { store_results(scratch.out, group, panel, rows, bias, out); });
 }
 

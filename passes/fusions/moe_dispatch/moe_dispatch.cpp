@@ -65,7 +65,8 @@ static Routing route(const float* const* x, int64_t tokens, const T* router, con
   std::vector<float> logits(tokens * experts);
   const DenseRows<T> rows{router, experts, hidden};
   const int64_t tiles = (experts + NR - 1) / NR, batches = (tokens + BATCH - 1) / BATCH;
-  share(batches * tiles, tiles, tokens * experts * hidden, [&](const auto& next) {  // experts too: one token's would take one thread longer
+  const Reading reading{router, tiles, NR * hidden * int64_t{sizeof(T)}};
+  share(tokens, batches * tiles, tiles, tokens * experts * hidden, reading, [&](const auto& next) {  // experts too: one token's would take one thread longer
     Scratch scratch;
     for (Range part = next(); part.begin < part.end; part = next())
       for (int64_t item = part.begin; item < part.end; ++item) {
@@ -95,10 +96,10 @@ struct Rows {
 // Calls out(e, first sorted row, count, first weight row, rows, tile, stride) for all products of the routed rows x with the rows of their
 // experts: tile[i * stride + r] is that of the i-th routed row. Threads share the rows.
 template <class T, class Out>
-static void for_each_product(const DenseColumns<T>& weights, const Routing& routing, const Rows& x, Out&& out) {
+static void for_each_product(const DenseColumns<T>& weights, const Routing& routing, const Rows& x, int64_t tokens, Out&& out) {
   const int64_t experts = routing.begin.size() - 1, panels = round_up(weights.rows, PANEL) / PANEL;
   const int64_t cost = routing.begin[experts] * PANEL * weights.length;
-  parallel_for(0, panels, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
+  parallel_for_rows(tokens, panels, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
     ColumnScratch scratch;
     for (int64_t e = 0; e < experts; ++e)
       for (int64_t m = routing.begin[e]; m < routing.begin[e + 1]; m += BATCH) {
@@ -111,10 +112,10 @@ static void for_each_product(const DenseColumns<T>& weights, const Routing& rout
 }
 
 template <class W, class Out>
-static void for_each_product(const W& weights, const Routing& routing, const Rows& x, Out&& out) {
+static void for_each_product(const W& weights, const Routing& routing, const Rows& x, int64_t tokens, Out&& out) {
   const int64_t experts = routing.begin.size() - 1, tiles = round_up(weights.rows, NR) / NR;
   const int64_t cost = routing.begin[experts] * NR * weights.length;
-  parallel_for(0, tiles, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
+  parallel_for_rows(tokens, tiles, 1 + GRAIN / (cost + 1), [&](int64_t first, int64_t last) {
     Scratch scratch;
     for (int64_t e = 0; e < experts; ++e)
       for (int64_t m = routing.begin[e]; m < routing.begin[e + 1]; m += BATCH) {
@@ -165,7 +166,7 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
     inners.half.push_back(&inner_half[row * stride]);
   }
 
-  for_each_product(gate_up, routing, sources, [&](int64_t e, int64_t m, int count, int64_t first, int64_t some, float* tile, int64_t apart) {
+  for_each_product(gate_up, routing, sources, tokens, [&](int64_t e, int64_t m, int count, int64_t first, int64_t some, float* tile, int64_t apart) {
     float values[std::max<int64_t>(MR * STREAMED, BATCH * PANEL) / 2];
     for (int i = 0; i < count; ++i)
       for (int64_t r = 0; r < some; ++r) tile[i * apart + r] += gate_up_bias[e * 2 * width + first + r];
@@ -177,7 +178,7 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
         if (inner_half) inner_half[at] = narrow<bfloat16>(inner[at]);
       }
   });
-  for_each_product(down, routing, inners, [&](int64_t e, int64_t m, int count, int64_t first, int64_t some, float* tile, int64_t apart) {
+  for_each_product(down, routing, inners, tokens, [&](int64_t e, int64_t m, int count, int64_t first, int64_t some, float* tile, int64_t apart) {
     for (int i = 0; i < count; ++i)
       for (int64_t r = 0; r < some; ++r) outer[(m + i) * hidden + first + r] = tile[i * apart + r] + down_bias[e * hidden + first + r];
   });
@@ -244,7 +245,7 @@ static void combine_packed(const Routing& routing, const Places& places, const A
   std::vector<float> weight(tokens * k);  // of each sorted row
   for (int64_t i = 0; i < tokens * k; ++i) weight[routing.row[i]] = routing.weight[i];
   const int64_t pairs = hidden / WIDTH, most = tokens > STREAMED_ROWS ? 1 : PAIRS_OF_FEW;
-  share(pairs, most, tokens * k * hidden * down.length, [&](const auto& next) {
+  share(tokens, pairs, most, tokens * k * hidden * down.length, down.reading(pairs, PAIR), [&](const auto& next) {
     const std::unique_ptr<PanelScratch> scratch(new PanelScratch);
     const Buffer<float> sums = buffer<float>(tokens * most * WIDTH);
     for (Range part = next(); part.begin < part.end; part = next()) {
@@ -291,7 +292,7 @@ static void run_packed(const Routing& routing, Buffer<float> x, Form form, const
   });
   x.reset();
   Blocks inner(form, rows * width / BLOCK);
-  for_each_panel_pair(gate_up, sorted_places, sorted->all(), [&](const Group& group, int64_t panel, PanelScratch& scratch) {
+  for_each_panel_pair(gate_up, sorted_places, sorted->all(), tokens, [&](const Group& group, int64_t panel, PanelScratch& scratch) {
     float gate_bias[PANEL_ROWS], up_bias[PANEL_ROWS];
     const int64_t first = panel / 2 * PANEL_ROWS, half = first % BLOCK;
     for (int r = 0; r < PANEL_ROWS; ++r) {

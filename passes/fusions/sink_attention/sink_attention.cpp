@@ -207,7 +207,7 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
         rows += number * count * group;
       }
     }
-    const int64_t threads = std::min<int64_t>(1 + work_size / GRAIN, torch::stable::get_num_threads()), width = whole(dim, LANES);
+    const int64_t threads = std::min<int64_t>(1 + work_size / GRAIN, threads_for(tokens)), width = whole(dim, LANES);
     // Where there are few blocks for so many threads, these share the segments of a block.
     const bool split = static_cast<int64_t>(all.size()) < ITEMS * threads && threads > 1 && parts.size() > all.size() && rows * width <= MOST_PARTS;
     const auto source = [&](const Item& item) {
@@ -223,7 +223,7 @@ static Tensor sink_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
     const auto share_in = [&]<class Way>(Way, const std::vector<Item>& items, auto&& each) {
       const int64_t count = static_cast<int64_t>(items.size());
       std::atomic<int64_t> next{0};
-      parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+      parallel_for_rows(tokens, std::min(threads, count), 1, [&](int64_t, int64_t) {
         Block<T, Way> work(longest, group, dim);
         for (int64_t i = next.fetch_add(1); i < count;) {
           const int64_t following = next.fetch_add(1);
