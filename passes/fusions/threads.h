@@ -109,8 +109,8 @@ class Team {
   static constexpr int64_t ASKED = 4 << 20;  // bytes that a thread asks for ahead: what its second cache does not hold, the third one does
   static constexpr int64_t ALL_ASKED = 32 << 20;  // of all threads
 
-  // Something that is read, and what comes after it. Threads look at it while a caller may change it: what does not belong together asks for memory
-  // that nobody needs, and to ask for it is no access.
+  // Something that is read, and what comes after it. Threads look at it while a caller may change it: what does not belong together asks for
+  // memory that nobody needs, and to ask for it is no access.
   struct Place {
     std::atomic<const void*> from{nullptr};
     std::atomic<int64_t> items{0}, bytes{0}, threads{1};
@@ -251,9 +251,9 @@ class Team {
 
 inline thread_local int64_t few_threads = 0;  // that may share few rows of this caller; 0: torch's do
 
-// Has few rows that are multiplied on this thread shared among `threads` of our own, 0 for torch's, and OpenMP's regions on it by `regions`. While ours
-// are at work nobody else's must wait for work on their processors, as OpenMP's do for milliseconds after each region: a runtime calls few(threads, 1)
-// before a step of TEAM_ROWS tokens at most, and few(0, torch's number of threads) after it.
+// Has few rows that are multiplied on this thread shared among `threads` of our own, 0 for torch's, and OpenMP's regions on it by `regions`.
+// While ours are at work nobody else's must wait for work on their processors, as OpenMP's do for milliseconds after each region: a runtime
+// calls few(threads, 1) before a step of TEAM_ROWS tokens at most, and few(0, torch's number of threads) after it.
 inline void few(int64_t threads, int64_t regions) {
   few_threads = threads;
   if (omp_set_num_threads) omp_set_num_threads(static_cast<int>(regions));
