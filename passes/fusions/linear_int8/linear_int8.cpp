@@ -7,7 +7,7 @@ namespace oxfuse {
 struct Int8 {
   static constexpr int ZERO = 128;
   static constexpr float UNIT = 1.f;
-  static constexpr int NEAR = 8, FAR = 0;
+  static constexpr int NEAR = 4, FAR = 32;
   struct Panel {
     const uint8_t* blocks;
     const bfloat16* scales;
