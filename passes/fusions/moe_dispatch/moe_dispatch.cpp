@@ -185,7 +185,7 @@ static void run_experts(const Routing& routing, const Rows& x, const W& gate_up,
   combine(routing, outer.get(), tokens, k, hidden, out);
 }
 
-// The form in which packed experts are multiplied with rows: float32; bfloat16, with float32 for what that cannot hold; whole numbers.
+// The form in which packed experts are multiplied with rows: float32, bfloat16, or whole numbers.
 enum class Form { WIDE, HALF, WORDS, BYTES };
 
 static Form form_of(bool bfloat16_model, bool int8_activations) {
@@ -198,7 +198,7 @@ static Form form_of(bool bfloat16_model, bool int8_activations) {
 static int64_t block_bytes(Form form) {
   switch (form) {
     case Form::WIDE: return BLOCK * 4;
-    case Form::HALF: return BLOCK * 6;
+    case Form::HALF: return BLOCK * 2;
     case Form::WORDS: return BLOCK * 2 + 8;
     default: return BLOCK + 8;
   }
@@ -208,7 +208,7 @@ static int64_t block_bytes(Form form) {
 class Blocks {
  public:
   Blocks(Form form, int64_t count) {
-    if (form == Form::WIDE || form == Form::HALF) wide_ = buffer<float>(count * BLOCK);
+    if (form == Form::WIDE) wide_ = buffer<float>(count * BLOCK);
     if (form == Form::HALF) half_ = buffer<bfloat16>(count * BLOCK);
     if (form == Form::WORDS) words_.emplace(count);
     if (form == Form::BYTES) bytes_.emplace(count);

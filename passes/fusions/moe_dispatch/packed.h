@@ -307,8 +307,12 @@ inline bool multiply_specially(const Mxfp4& w, const Panels<Mxfp4>& panels, cons
       });
     } else {
       decode_wide(w, panels, b, count, scratch.wide);
+      const int64_t values = count * x.rows * BLOCK;  // so few weights need it that rows are widened anew each time, and not held
+      const Buffer<float> wide = buffer<float>(values);
+      for (int64_t i = 0; i < values; i += LANES) store(&wide[i], load(x.from(0, b).half + i));
+      const Activations rows{.wide = wide.get(), .rows = x.rows};
       for_tiles(m, WIDE_ROWS, [&](int64_t first, int64_t some) {
-        advance_wide_rows(some, scratch.wide, x.from(first, b), count, scratch.out + first * WIDTH);
+        advance_wide_rows(some, scratch.wide, rows.from(first), count, scratch.out + first * WIDTH);
       });
     }
   }
