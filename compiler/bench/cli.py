@@ -79,8 +79,8 @@ PEERS_ONLY = ("llama", "build", "only", "skip", "reuse", "footprint")
     section="Run",
     help="Tokens before decoding, 1000; with peers 128, 4096.",
 )
-@option("--tokens", type=int, metavar="N", section="Run", help="Tokens decoded a turn, 64; with --grid 16.")
-@option("--rounds", default=7, show_default=True, metavar="N", section="Run", help="Turns; the median counts.")
+@option("--tokens", type=int, metavar="N", section="Run", help="Tokens decoded a round, 64; with --grid 16.")
+@option("--rounds", default=7, show_default=True, metavar="N", section="Run", help="Rounds; medians count.")
 @option("--llama", type=FILE, metavar="PYTHON", section="Peers", help="An interpreter that has llama-cpp-python.")
 @option("--build-llama", "build", is_flag=True, section="Peers", help="Build it first where there is none, in about 10 minutes.")
 @option("--only", multiple=True, metavar="ENGINE", section="Peers", shell_complete=one_of(*NAMES), help=f"Of {', '.join(NAMES)}.")

@@ -1,15 +1,17 @@
 """Measures prefill and decode of artifacts and of their peers in one run, turn by turn.
 
 In: contenders (`contenders.py`), each made ready from one checkpoint. Out: a `SpeedResult`. Each engine lives in a process of its
-own (`worker.py`) and only one works at a time; the order turns with every round. All stay loaded, since turns must follow each
-other closely on a machine whose speed drifts; where they do not fit into memory together, the run is refused. A sample during
-which other processes used the machine is discarded and counted, and the run says how many there were.
+own (`worker.py`) and only one works at a time; the order turns with every turn. All stay loaded, since turns must follow each
+other closely on a machine whose speed drifts, those of a decode every few tokens: a shared memory was seen to give 31 GB/s in one
+minute and 51 in the next. Where they do not fit into memory together, the run is refused. A sample during which other processes
+used the machine is discarded and counted, and the run says how many there were.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import platform
 import statistics
@@ -34,16 +36,15 @@ from oxfuse.runtime.manifest import Manifest, read_manifest
 from oxfuse.runtime.units import size_text
 
 VECTOR_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-SLICE = 8  # tokens decoded between two probes: a shared memory's speed changes within seconds
+SLICE = 8  # tokens that an engine decodes in a turn: few, as a shared memory's speed changes within seconds
 AGREEMENT_PROMPTS = (1, 7, 40, 100, 128, 129, 300, 512)
 """Tokens of the prompts whose last logits are compared, on both sides of a window of 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured: prefills of `prompts` tokens, and `tokens` decoded after each of `contexts`, in `rounds` turns.
+    """What is measured: in each of `rounds`, prefills of `prompts` tokens, and `tokens` decoded after each of `contexts`.
 
-    The first tokens after another engine's turn are slower than the later ones, so turns are not short.
     `wait`: seconds in all that the run may wait for a quiet machine.
     """
 
@@ -228,20 +229,20 @@ def _phase(
     probe_bandwidth: Callable[[int], float],
     probe_peaks: Callable[[], None],
 ) -> list[Figure]:
-    """Take the samples of all engines in one phase, in turns.
+    """Take the samples of all engines in one phase, in turns: a prefill, or SLICE tokens of a decode.
 
-    Probes stand between slices of each turn of a decode; of a prefill, they begin each round.
+    Probes of the bandwidth stand around each turn of a decode; of a prefill, probes of the peak begin each round.
 
     An artifact is also measured at the phase's first size in the same turn: the machine's speed changes from phase to phase.
     """
-    turns, first = [], next(n for name, n in plan.phases if name == phase)
+    turns, shortest = [], next(n for name, n in plan.phases if name == phase)
     for contender, worker in workers:
         if not contender.spec.takes(size):
             continue
         progress(f"{phase} {size}: trying {contender.spec.title}", None)
         work = contender.decode_bytes(size) if phase == "decode" else cost.prefill_operations(size) / size
         best = best_implementation(worker, phase, size)
-        near = first if contender.spec.kind == "oxfuse" and size != first else 0
+        near = shortest if contender.spec.kind == "oxfuse" and size != shortest else 0
         figure = Figure(engine=contender.spec.key, phase=phase, size=size, near_size=near, implementation=best, work=work)
         turns.append((worker, figure))
     for worker, figure in turns:
@@ -250,17 +251,19 @@ def _phase(
         for n in {figure.near_size, size} - {0}:
             worker.ask(do="context" if phase == "decode" else "prefill", tokens=n)  # warms up what others' trials cooled
     load = ForeignLoad(patience=plan.wait / len(plan.phases), processes=(os.getpid(), *(w.process.pid for w, _ in turns)))
-    for done in range(plan.rounds):
+    firsts = range(0, plan.tokens, SLICE) if phase == "decode" else range(1)
+    for done, (_, first) in enumerate(itertools.product(range(plan.rounds), firsts)):
         if phase == "prefill":
             probe_peaks()
         for worker, figure in turns if done % 2 == 0 else turns[::-1]:
-            progress(f"{phase} {size}", done / plan.rounds)
+            progress(f"{phase} {size}", done / (plan.rounds * len(firsts)))
             into = [(figure.samples, size)]
             if figure.near_size:
                 into.append((figure.near, figure.near_size))
             for samples, n in into if done % 2 == 0 else into[::-1]:
                 if phase == "decode":
-                    take = functools.partial(_decode_turn, worker, n, plan.tokens, functools.partial(probe_bandwidth, size))
+                    tokens = range(first, min(first + SLICE, plan.tokens))
+                    take = functools.partial(_decode_turn, worker, n, tokens, functools.partial(probe_bandwidth, size))
                 else:
                     take = functools.partial(_prefill_turn, worker, n)
                 (value, beside), disturbed = take_quietly(take, load)
@@ -276,16 +279,15 @@ def _prefill_turn(worker: Worker, size: int) -> tuple[float, list[float]]:
     return float(worker.ask(do="prefill", tokens=size)["seconds"]) / size, []
 
 
-def _decode_turn(worker: Worker, size: int, tokens: int, probe: Callable[[], float]) -> tuple[float, list[float]]:
-    """Return medians of a turn: seconds of a token, `tokens` decoded in the sequence that began with `size`, and the bandwidth.
+def _decode_turn(worker: Worker, size: int, tokens: range, probe: Callable[[], float]) -> tuple[float, list[float]]:
+    """Return seconds a token, the median of `tokens` decoded in the sequence that began with `size`, and the bandwidth then.
 
-    Both are of the same stretch of time: slices of tokens and probes take turns in it, beginning and ending with a probe.
+    That is the mean of a probe before them and one after them. The first token after another engine's turn is slower than the
+    others: the median is not one of it.
     """
-    seconds, reads = list[float](), [probe()]
-    for first in range(0, tokens, SLICE):
-        seconds += worker.ask(do="decode", tokens=min(SLICE, tokens - first), first=first, context=size)["seconds"]
-        reads.append(probe())
-    return statistics.median(seconds), [statistics.median(reads)]
+    before = probe()
+    seconds = worker.ask(do="decode", tokens=len(tokens), first=tokens.start, context=size)["seconds"]
+    return statistics.median(seconds), [(before + probe()) / 2]
 
 
 def machine_facts() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,11 +20,11 @@ from oxfuse.runtime.units import size_text
 
 @dataclass(kw_only=True)
 class Figure:
-    """One engine in one phase: samples in seconds a token (decode: the median of a turn's), floor in the same unit.
+    """One engine in one phase: samples in seconds a token, one a turn (decode: the median of a turn's), floor in the same unit.
 
     `work` is what the floor comes from: bytes that a decoded token reads, operations of a token of a prefill. `near`: samples
     at `near_size`, the phase's first, that were taken in the same turns; 0: none were. `bandwidths`: bytes a second that the
-    machine read meanwhile, one a sample of a decode: the median of probes between slices of its turn.
+    machine read meanwhile, one a sample of a decode: from probes around it.
     """
 
     engine: str
@@ -47,7 +47,7 @@ class Figure:
     @property
     def of_near(self) -> float | None:
         """Return the part of the speed at `near_size` that is left, both measured in the same turns."""
-        return statistics.median(self.near) / self.seconds if self.near else None
+        return _paired(self.near, self.samples) if self.near else None
 
     @property
     def rate(self) -> float:
@@ -74,6 +74,14 @@ class Figure:
         return (high - low) / self.seconds
 
 
+def _paired(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Return the median of the quotients of samples that were taken one after the other.
+
+    Where the machine becomes faster in the middle of a run, medians of each may be of two machines.
+    """
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
     """How alike an engine's logits are to those of `reference`, for the last tokens of the same prompts.
@@ -91,8 +99,8 @@ class Agreement:
 class SpeedResult:
     """A run. `bandwidths` in bytes a second, `peak` and `int8_peak` in operations a second, all measured in this run.
 
-    Bandwidth was probed within each turn of each context's decoding: on a machine that others share it changes by a quarter
-    within seconds. The medians of turns set floors, as medians are compared with them.
+    Bandwidth was probed around each turn of each context's decoding: on a machine that others share it changes by a quarter
+    within seconds. Medians of it set floors, as medians are compared with them.
     `peak` is what torch's best matmul reaches, or half of `int8_peak`: an instruction takes half as many numbers of 16 bits.
     `engines` are by key, as are their `versions`.
     """
@@ -123,7 +131,7 @@ class SpeedResult:
         """Return how many times as fast as the peer an engine of ours is in a phase, or None where one was not measured."""
         other = self.figure(peer, figure.phase, figure.size)
         ours = self.engines[figure.engine].kind == "oxfuse"
-        return other.seconds / figure.seconds if ours and other and figure.samples else None
+        return _paired(other.samples, figure.samples) if ours and other and figure.samples else None
 
     def ratios(self, figure: Figure) -> dict[str, float]:
         """Return the ratios to the row of llama.cpp that holds the same weights, and to transformers, where there are any."""
@@ -153,7 +161,7 @@ class SpeedResult:
         lines = [
             f"{self.artifact}, {machine['processor']}, {self.threads} threads of {machine['cores']} cores, torch "
             f"{machine['torch']}; {'; '.join(dict.fromkeys(self.versions.values()))}. Read bandwidth, the median of probes "
-            f"between slices of turns: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
+            f"around turns: {bandwidths or 'not probed'}. Peak of products {self.peak / 1e9:.0f} GOP/s, "
             f"in int8 {self.int8_peak / 1e9:.0f} GOP/s, all of this run.",
             "",
             "| phase | engine | tokens/s | floor | of the floor | spread | samples (discarded) | over llama.cpp | transformers |",
@@ -168,8 +176,9 @@ class SpeedResult:
             )
         lines += [
             "",
-            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth within its turns (decode; of "
-            "the floor is the median over turns); operations over the peak of the arithmetic that it may use (prefill).",
+            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth around its turns (decode; of "
+            "the floor is the median over turns); operations over the peak of the arithmetic that it may use (prefill). Ratios "
+            "are medians over turns too, each of two that followed each other: a prefill, or some tokens of a decode.",
             "",
             *self._bar_lines(),
             *self._memory_lines(),

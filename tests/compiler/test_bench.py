@@ -56,13 +56,13 @@ def result() -> SpeedResult:
         Figure(engine=PEER, phase="prefill", size=512, implementation="eager", floor=0.002, samples=[0.01] * 4),
         Figure(engine=OURS, phase="prefill", size=4096, floor=0.002, samples=[0.0054], near_size=512, near=[0.005]),
         Figure(engine=OURS, phase="decode", size=128, floor=0.018, samples=[0.02, 0.03, 0.01]),
-        Figure(engine=LLAMA_BF16, phase="decode", size=128, floor=0.018, samples=[0.03]),
+        Figure(engine=LLAMA_BF16, phase="decode", size=128, floor=0.018, samples=[0.03] * 3),
         Figure(
             engine=OURS,
             phase="decode",
             size=4096,
             floor=0.018,
-            samples=[0.025],
+            samples=[0.025] * 3,
             near_size=128,
             near=[0.02, 0.021, 0.001],
         ),
@@ -111,6 +111,15 @@ def test_the_floor_is_that_of_each_turn() -> None:
         engine=OURS, phase="decode", size=128, work=8.0, floor=1.0, samples=[1.0, 2.0, 5.0], bandwidths=[10.0, 5.0, 2.0]
     )
     assert figure.of_floor == pytest.approx(0.8)  # of each, where medians of both would say 0.5
+
+
+def test_ratios_are_those_of_turns_that_followed_each_other() -> None:
+    """Between the first two turns the machine became twice as fast, between the engines' second ones twice as slow."""
+    ours = Figure(engine=OURS, phase="decode", size=128, samples=[1.0, 0.5, 1.0], near_size=64, near=[0.8, 0.4, 0.8])
+    theirs = Figure(engine=LLAMA_BF16, phase="decode", size=128, samples=[1.2, 0.6, 0.6])
+    found = replace(result(), figures=[ours, theirs])
+    assert found.ratio(ours, LLAMA_BF16) == pytest.approx(1.2)  # medians of each would say 0.6
+    assert ours.of_near == pytest.approx(0.8)
 
 
 def test_bars_are_judged() -> None:
@@ -215,14 +224,15 @@ def contenders(checkpoint: Path, artifact: Path) -> list[Contender]:
 
 def test_run_with_both_engines(compiled) -> None:
     _, checkpoint, artifact = compiled("base")
-    plan = Plan(prompts=(20,), contexts=(30, 37), tokens=2, rounds=2, threads=1, wait=0)
+    plan = Plan(prompts=(20,), contexts=(30, 37), tokens=SLICE + 2, rounds=2, threads=1, wait=0)
     found = measure_speed(contenders(checkpoint, artifact), plan, with_footprints=True)
+    turns = {"decode": 2 * plan.rounds, "prefill": plan.rounds}
     assert [(f.engine, f.phase, f.size, len(f.samples)) for f in found.figures] == [
-        (engine, phase, size, 2) for phase, size in plan.phases for engine in (OURS, PEER)
+        (engine, phase, size, turns[phase]) for phase, size in plan.phases for engine in (OURS, PEER)
     ]
-    assert [(f.near_size, len(f.near)) for f in found.figures] == [(0, 0), (0, 0), (30, 2), (0, 0), (0, 0), (0, 0)]
+    assert [(f.near_size, len(f.near)) for f in found.figures] == [(0, 0), (0, 0), (30, 4), (0, 0), (0, 0), (0, 0)]
     assert found.missing == {} and list(found.bandwidths) == [30, 37]
-    assert len(found.bandwidths[30]) >= 2 * 2 * plan.rounds  # around a slice a turn; disturbed turns are taken again
+    assert len(found.bandwidths[30]) >= 2 * 2 * turns["decode"]  # around each turn; disturbed turns are taken again
     (agreement,) = found.agreements
     assert (agreement.engine, agreement.reference, list(agreement.correlations)) == (OURS, PEER, [1, 7, 40])
     assert min(agreement.correlations.values()) > 0.99 and agreement.same >= 2  # bfloat16 may choose another of two close ones
@@ -231,31 +241,31 @@ def test_run_with_both_engines(compiled) -> None:
     cost = cost_of(read_manifest(artifact))
     decode, prefill = found.figure(OURS, "decode", 30), found.figure(OURS, "prefill", 20)
     assert decode is not None and decode.floor == cost.decode_bytes(30) / statistics.median(decode.bandwidths)
-    assert all(len(f.bandwidths) == (plan.rounds if f.phase == "decode" else 0) for f in found.figures)
+    assert all(len(f.bandwidths) == (turns["decode"] if f.phase == "decode" else 0) for f in found.figures)
     assert min(found.bandwidths[30]) <= min(decode.bandwidths) <= max(decode.bandwidths) <= max(found.bandwidths[30])
     assert prefill is not None and prefill.floor == cost.prefill_operations(20) / 20 / found.peak
     ours, theirs = found.footprints
     assert ours.weights == sum(file.bytes for file in read_manifest(artifact).weights) and theirs.weights is None
-    assert ours.caches == {20: cost.cache_bytes(22)} and len(ours.first_seconds) == len(ours.load_seconds) == 3
+    assert ours.caches == {20: cost.cache_bytes(20 + plan.tokens)} and len(ours.first_seconds) == len(ours.load_seconds) == 3
     assert ours.peaks[20] > ours.bare and 0 < ours.first_token < 60
 
 
-def test_probes_stand_between_slices_of_a_turn() -> None:
+def test_probes_stand_around_a_turn() -> None:
     done: list[Any] = []
-    bandwidths = iter([5e9, 9e9, 1e9, 7e9])
+    bandwidths = iter([5e9, 9e9])
 
     class Decoder:
         def ask(self, **request: Any) -> dict[str, Any]:
-            done.append((request["first"], request["tokens"]))
-            return {"seconds": [float(len(done))] * request["tokens"]}
+            done.append(request)
+            return {"seconds": [9.0, 4.0, 3.0, 5.0, 4.0]}
 
     def probe() -> float:
         done.append("probe")
         return next(bandwidths)
 
-    found = _decode_turn(cast(Worker, Decoder()), 30, 2 * SLICE + 3, probe)
-    assert done == ["probe", (0, SLICE), "probe", (SLICE, SLICE), "probe", (2 * SLICE, 3), "probe"]
-    assert found == (4.0, [6e9])
+    found = _decode_turn(cast(Worker, Decoder()), 30, range(8, 13), probe)
+    assert done == ["probe", {"do": "decode", "tokens": 5, "first": 8, "context": 30}, "probe"]
+    assert found == (4.0, [7e9])
 
 
 @pytest.mark.slow
