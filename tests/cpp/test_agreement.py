@@ -230,6 +230,18 @@ def test_threads_change_no_token(loaded, threads):
     assert driver.info()["used_blocks"] == "0"
 
 
+def test_few_tokens_go_to_threads_of_the_ops_own(loaded):
+    """torch's run since the long prompt, so what four tokens add is not theirs; five add nothing."""
+    case, _, driver = loaded("mxfp4", load={"threads": 3}, dtype="bfloat16")
+    running = lambda: len(os.listdir(f"/proc/{driver.process.pid}/task"))
+    driver.call("open", "s", "m")
+    counts = []
+    for length in (60, 5, 4, 4):
+        driver.call("prefill", "s", ids_text(random_ids(case, length).tolist()))
+        counts.append(running())
+    assert counts[0] == counts[1] < counts[2] == counts[3]
+
+
 def test_a_generation_ends_as_in_python(loaded, compiled):
     case, artifact, driver = loaded("neox")  # its text ends at token 0
     model = oxfuse.load(artifact)

@@ -49,6 +49,30 @@ class Threads {
   int before_ = 0;
 };
 
+// Gives the C++ ops' own threads a step of few tokens. torch's would be in their way, so it has one meanwhile.
+class Team {
+ public:
+  Team(TeamSwitch team, int64_t tokens) : team_(tokens <= team_rows ? team : nullptr) {
+    if (team_) {
+      regions_ = at::get_num_threads();
+      team_(regions_, 1);
+    }
+  }
+
+  ~Team() {
+    if (team_) {
+      team_(0, regions_);
+    }
+  }
+
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+ private:
+  TeamSwitch team_;
+  int64_t regions_ = 0;
+};
+
 at::Tensor integers(const std::vector<int64_t>& values, at::IntArrayRef shape) {
   at::Tensor out = at::empty(shape, at::kLong);
   std::copy(values.begin(), values.end(), out.mutable_data_ptr<int64_t>());
@@ -63,7 +87,7 @@ std::vector<BlockPool> pools_of(const CacheSize& size) {
 
 Engine::Engine(
     const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t prefix_cache_bytes, int64_t chunk,
-    at::Device device, int threads, std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
+    at::Device device, int threads, TeamSwitch team, std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
 )
     : cache(manifest.cache),
       limits(limits),
@@ -72,6 +96,7 @@ Engine::Engine(
       vocab_size(manifest.vocab_size),
       device_(device),
       threads_(threads),
+      team_(team),
       step_(std::move(step)),
       decode_(std::move(decode)),
       most_decodes_(most_decodes),
@@ -384,6 +409,7 @@ at::Tensor Engine::run_program(Program& program, std::vector<at::Tensor> inputs)
   const std::optional<c10::DeviceGuard> on_device =
       device_.is_cpu() ? std::nullopt : std::make_optional<c10::DeviceGuard>(device_);
   const Threads threads(threads_);
+  const Team team(team_, inputs.front().size(0));
   return program.run(inputs);
 }
 

@@ -40,10 +40,10 @@ struct Feed {
 class Engine {
  public:
   // `step` runs anything, `decode`, where there is one, a token for each of up to `most_decodes` sequences. `threads` 0 leaves
-  // torch's setting. Blocks of up to `prefix_cache_bytes` bytes stay when no sequence holds them, for those that begin alike.
+  // torch's setting; `team` is null or what `team_switch` returned. Blocks of up to `prefix_cache_bytes` bytes stay when no sequence holds them, for those that begin alike.
   Engine(
       const Manifest& manifest, const Limits& limits, const CacheSize& size, int64_t prefix_cache_bytes, int64_t chunk,
-      at::Device device, int threads, std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
+      at::Device device, int threads, TeamSwitch team, std::unique_ptr<Program> step, std::unique_ptr<Program> decode, int64_t most_decodes
   );
 
   // Return an empty sequence.
@@ -91,6 +91,7 @@ class Engine {
 
   const at::Device device_;
   const int threads_;
+  const TeamSwitch team_;
   std::unique_ptr<Program> step_;
   std::unique_ptr<Program> decode_;
   const int64_t most_decodes_;

@@ -173,8 +173,10 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
     model->maps.clear();  // no tensor borrows them any more
   }
   const CacheSize size = size_cache(manifest.cache, limits, chunk, chunk, cache_bytes);
+  TeamSwitch team = nullptr;
   if (manifest.ops_library) {
     load_ops_library(folder, *manifest.ops_library);
+    team = team_switch(*manifest.ops_library);
   }
   auto loaded = std::make_unique<Program>(folder, *step, model->weights, device);
   std::unique_ptr<Program> fast;
@@ -185,7 +187,8 @@ std::shared_ptr<Model> load_model(const std::string& path, const oxfuse_load_opt
     most_decodes = range == decode->dims.end() ? 0 : range->second.max;
   }
   model->engine = std::make_unique<Engine>(
-      manifest, limits, size, prefix_bound(size, gpu, options.prefix_cache_bytes), chunk, device, options.threads, std::move(loaded), std::move(fast), most_decodes
+      manifest, limits, size, prefix_bound(size, gpu, options.prefix_cache_bytes), chunk, device, options.threads, team,
+      std::move(loaded), std::move(fast), most_decodes
   );
   if (gpu) {
     model->engine->try_largest_step();

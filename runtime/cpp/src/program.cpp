@@ -110,6 +110,17 @@ void load_ops_library(const std::filesystem::path& folder, const OpsLibrary& spe
   }
 }
 
+TeamSwitch team_switch(const OpsLibrary& spec) {
+  const std::string tag = spec.probe.substr(spec.probe.rfind('_') + 1);
+  const auto op = c10::Dispatcher::singleton().findOp(c10::OperatorName("oxfuse::few_" + tag + "_address", ""));
+  if (!op) {
+    return nullptr;
+  }
+  torch::jit::Stack results;
+  op->callBoxed(results);
+  return reinterpret_cast<TeamSwitch>(results.at(0).toInt());
+}
+
 Program::Program(
     const std::filesystem::path& folder, const ProgramSpec& spec, const std::map<std::string, at::Tensor>& weights,
     at::Device device

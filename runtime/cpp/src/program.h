@@ -17,6 +17,14 @@ namespace oxfuse::internal {
 // Load the C++ ops that programs call, unless they are registered already, by whatever copy of the library. Throws Failure.
 void load_ops_library(const std::filesystem::path& folder, const OpsLibrary& spec);
 
+// Has threads of the C++ ops' own share steps of at most `team_rows` tokens. It is called on the thread that runs the step, with
+// the number of threads and 1 before it, with 0 and torch's number of threads after it. passes/fusions/threads.h has both.
+using TeamSwitch = void (*)(int64_t threads, int64_t regions);
+constexpr int64_t team_rows = 4;
+
+// Return the switch of the loaded ops of `spec`, or null where they are of an older version, without threads of their own.
+TeamSwitch team_switch(const OpsLibrary& spec);
+
 class Program {
  public:
   // Load the library of `spec` and give it its constants from `weights`, which must outlive it. Throws Failure where it cannot be
