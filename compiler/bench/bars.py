@@ -55,11 +55,15 @@ class Bar:
 
     @property
     def found_text(self) -> str:
-        """Return the figure in the same unit, or a dash."""
-        return "–" if self.found is None else self._text(self.found)
+        """Return the figure in the same unit, with more digits where it would seem to meet a demand that it misses, or a dash."""
+        if self.found is None:
+            return "–"
+        seems = self.holds is False and self._text(self.found) == self._text(self.wanted)
+        return self._text(self.found, 2 if seems else 0)
 
-    def _text(self, value: float) -> str:
-        return f"{value:.0%}" if self.unit == "%" else f"{value:.2f}{' s' if self.unit == 's' else self.unit}"
+    def _text(self, value: float, more: int = 0) -> str:
+        """Return `value` with `more` digits than usual."""
+        return f"{value:.{more}%}" if self.unit == "%" else f"{value:.{2 + more}f}{' s' if self.unit == 's' else self.unit}"
 
 
 def bars(result: SpeedResult) -> list[Bar]:

@@ -36,7 +36,7 @@ from oxfuse.runtime.manifest import Manifest, read_manifest
 from oxfuse.runtime.units import size_text
 
 VECTOR_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-SLICE = 8  # tokens that an engine decodes in a turn: few, as a shared memory's speed changes within seconds
+SLICE = 16  # tokens that an engine decodes in a turn: few, as a shared memory's speed changes; the first of them are slower
 AGREEMENT_PROMPTS = (1, 7, 40, 100, 128, 129, 300, 512)
 """Tokens of the prompts whose last logits are compared, on both sides of a window of 128."""
 

@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 
 import oxfuse
-from oxfuse.compiler.bench.bars import bars
+from oxfuse.compiler.bench.bars import Bar, bars
 from oxfuse.compiler.bench.chart import draw_speed
 from oxfuse.compiler.bench.cli import bench
 from oxfuse.compiler.bench.contenders import Contender, compile_variants, of_artifact, of_transformers, spec_of
@@ -151,6 +151,11 @@ def test_bars_are_judged() -> None:
     assert bars(alone) == [] and "bar" not in alone.to_markdown()
     slow = replace(result(), footprints=[footprint(OURS, 1_900_000_000, 2_180_000_000, 1.1)])
     assert [bar.holds for bar in bars(slow) if bar.holds is not None][-2:] == [False, False]
+
+
+def test_a_figure_that_misses_its_demand_does_not_read_as_if_it_met_it() -> None:
+    texts = [Bar(text="", wanted=0.95, found=found, unit="%").found_text for found in (0.951, 0.9491, 0.93)]
+    assert [*texts, Bar(text="", wanted=1.05, found=1.0518, at_most=True).found_text] == ["95%", "94.91%", "93%", "1.0518×"]
 
 
 def test_picture_is_drawn(tmp_path: Path) -> None:

@@ -233,12 +233,12 @@ def test_threads_change_no_token(loaded, threads):
 def test_few_tokens_go_to_threads_of_the_ops_own(loaded):
     """torch's run since the long prompt, so what four tokens add is not theirs; five add nothing."""
     case, _, driver = loaded("mxfp4", load={"threads": 3}, dtype="bfloat16")
-    running = lambda: len(os.listdir(f"/proc/{driver.process.pid}/task"))
+    tasks = Path(f"/proc/{driver.process.pid}/task")
     driver.call("open", "s", "m")
     counts = []
     for length in (60, 5, 4, 4):
         driver.call("prefill", "s", ids_text(random_ids(case, length).tolist()))
-        counts.append(running())
+        counts.append(len([*tasks.iterdir()]))
     assert counts[0] == counts[1] < counts[2] == counts[3]
 
 

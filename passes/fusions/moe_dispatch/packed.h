@@ -11,7 +11,7 @@ constexpr int BLOCK_BYTES = 256;  // 32 values of 16 rows
 struct Mxfp4 {
   static constexpr int ZERO = 12;       // bytes are twice the values, more by this
   static constexpr float UNIT = 0.5f;
-  static constexpr int NEAR = 6, FAR = 24;
+  static constexpr int NEAR = 3, FAR = 30;
   struct Panel {
     const uint8_t *blocks, *scales;
   };
