@@ -240,7 +240,10 @@ def _phase(
         if not contender.spec.takes(size):
             continue
         progress(f"{phase} {size}: trying {contender.spec.title}", None)
-        work = contender.decode_bytes(size) if phase == "decode" else cost.prefill_operations(size) / size
+        if phase == "decode":  # a sequence grows from turn to turn: what a token in its middle reads
+            work = contender.decode_bytes(size + plan.rounds * plan.tokens // 2)
+        else:
+            work = cost.prefill_operations(size) / size
         best = best_implementation(worker, phase, size)
         near = shortest if contender.spec.kind == "oxfuse" and size != shortest else 0
         figure = Figure(engine=contender.spec.key, phase=phase, size=size, near_size=near, implementation=best, work=work)

@@ -176,9 +176,10 @@ class SpeedResult:
             )
         lines += [
             "",
-            "Floor: bytes that the engine's own weights and caches make it read, over the bandwidth around its turns (decode; of "
-            "the floor is the median over turns); operations over the peak of the arithmetic that it may use (prefill). Ratios "
-            "are medians over turns too, each of two that followed each other: a prefill, or some tokens of a decode.",
+            "Floor: bytes that the engine's own weights and its caches half-way make it read, over the bandwidth around its "
+            "turns (decode; of the floor is the median over turns); operations over the peak of the arithmetic that it may use "
+            "(prefill). Ratios are medians over turns too, each of two that followed each other: a prefill, or some tokens of a "
+            "decode.",
             "",
             *self._bar_lines(),
             *self._memory_lines(),

@@ -245,7 +245,7 @@ def test_run_with_both_engines(compiled) -> None:
     assert all(math.isfinite(f.rate) and f.floor > 0 for f in found.figures)
     cost = cost_of(read_manifest(artifact))
     decode, prefill = found.figure(OURS, "decode", 30), found.figure(OURS, "prefill", 20)
-    assert decode is not None and decode.floor == cost.decode_bytes(30) / statistics.median(decode.bandwidths)
+    assert decode is not None and decode.floor == cost.decode_bytes(30 + plan.tokens) / statistics.median(decode.bandwidths)
     assert all(len(f.bandwidths) == (turns["decode"] if f.phase == "decode" else 0) for f in found.figures)
     assert min(found.bandwidths[30]) <= min(decode.bandwidths) <= max(decode.bandwidths) <= max(found.bandwidths[30])
     assert prefill is not None and prefill.floor == cost.prefill_operations(20) / 20 / found.peak
